@@ -1,0 +1,56 @@
+"""Low-rank adapters for any PyTorch model: put in place, merged, taken out without a trace, moved between files."""
+
+from . import adapters as _builtin  # noqa: F401 - importing it registers the built-in classes
+from .adapter import Adapter
+from .errors import (
+    ConfigError,
+    FormatError,
+    LoraInjectError,
+    MismatchError,
+    StateError,
+    TargetError,
+    UnsupportedError,
+)
+from .loading import load
+from .merge import MergeReport, merge, unmerge
+from .plan import Plan, plan
+from .recipe import Recipe, load_recipe
+from .refs import AdapterRef, adapter_parameters, adapters
+from .registry import register
+from .state import adapter_state, export
+from .surgery import inject, uninject
+from .switches import activate, disabled, scaled
+from .targets import Target
+from .version import VERSION as __version__
+
+__all__ = [
+    "Adapter",
+    "AdapterRef",
+    "ConfigError",
+    "FormatError",
+    "LoraInjectError",
+    "MergeReport",
+    "MismatchError",
+    "Plan",
+    "Recipe",
+    "StateError",
+    "Target",
+    "TargetError",
+    "UnsupportedError",
+    "__version__",
+    "activate",
+    "adapter_parameters",
+    "adapter_state",
+    "adapters",
+    "disabled",
+    "export",
+    "inject",
+    "load",
+    "load_recipe",
+    "merge",
+    "plan",
+    "register",
+    "scaled",
+    "uninject",
+    "unmerge",
+]

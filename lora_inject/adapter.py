@@ -1,0 +1,137 @@
+"""The contract that every adapter class fulfils."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .config import SiteConfig
+
+Layout = dict[str, tuple[int, ...]]
+"""Names and shapes of an adapter's parameters."""
+
+
+class Adapter(nn.Module, abc.ABC):
+    """The small module that sits in a host and updates its weights, or its output.
+
+    A subclass says which modules it serves (`can_adapt`), which parameters it needs (`layout`) and what update they
+    make (`delta`). That is enough for weight space: the host's own forward then reads W + delta. A class that also
+    knows the host's forward (`knows_forward`, `base_forward`, `update`) works in output space, which is cheaper.
+    """
+
+    kind: ClassVar[str]
+    """Short name, used in files, tables and recipes."""
+    updates: ClassVar[tuple[str, ...]] = ()
+    """The host's parameters that `delta` may update."""
+    extras: ClassVar[tuple[str, ...]] = ()
+    """Options of this class alone that a Target may carry."""
+    on_request: ClassVar[bool] = False
+    """Serve a site only where a Target asks for this class by `adapter=`."""
+    mergeable: ClassVar[bool] = True
+    """Whether the update can be written into the host's parameters."""
+
+    enabled = True
+    """Switched on and off by `activate`."""
+    muted = 0
+    """How many open `disabled` contexts cover this adapter."""
+    merged = False
+    """Whether the host's parameters hold the update now."""
+    factor = 1.0
+    """Product of the open `scaled` contexts."""
+
+    def __init__(self, config: SiteConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.scaling = config.scaling
+        for name, shape in layout.items():
+            self._parameters[name] = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the extra options, as a file must hold them, that `layout` needs to make this adapter again."""
+        return {}
+
+    @property
+    def live(self) -> bool:
+        """Whether the update acts beside the host's parameters now."""
+        return self.enabled and not self.muted and not self.merged
+
+    @classmethod
+    @abc.abstractmethod
+    def can_adapt(cls, module: nn.Module) -> bool:
+        """Says whether this class serves the module; must not change anything."""
+
+    @classmethod
+    @abc.abstractmethod
+    def layout(cls, module: nn.Module, config: SiteConfig, extras: Mapping[str, Any]) -> Layout:
+        """Returns names and shapes of the parameters for this module.
+
+        Raises:
+            UnsupportedError: the module or an option cannot be served exactly; says why and what to do.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def shape(cls, module: nn.Module) -> tuple[int, ...]:
+        """Returns the shape of the weight that is adapted."""
+
+    @classmethod
+    def knows_forward(cls, module: nn.Module) -> bool:
+        """Says whether `base_forward` computes exactly what the module's own forward does."""
+        return False
+
+    @staticmethod
+    def base_forward(host: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns the host's output without adapters, from the untouched entries of `host._parameters`."""
+        raise NotImplementedError
+
+    def update(self, host: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns the output with this adapter's low-rank path added; args are those of the host's forward."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def delta(self, host: Any) -> dict[str, Tensor]:
+        """Returns the update of each of the host's parameters, in its shape, scale included, float32 or wider."""
+
+    def reading(self, host: Any, name: str) -> Tensor | None:
+        """Returns the update that a reader of one parameter gets, or None; may differ from `delta` by dropout."""
+        return self.delta(host).get(name)
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Draws the parameters anew so that the update is zero: `lora_A` by `config.init`, all others zero.
+
+        Drawn in float32 on the CPU, so that a seed gives the same numbers on every device and in every dtype.
+
+        Args:
+            generator: source of the numbers; None is torch's global CPU generator.
+        """
+        for name, parameter in self._parameters.items():
+            if parameter is None or parameter.is_meta:
+                continue
+            if name == "lora_A":
+                _draw(parameter, self.config.init, generator)
+            else:
+                parameter.zero_()
+
+
+def _draw(parameter: Tensor, init: str, generator: torch.Generator | None) -> None:
+    """Fills A, seen as (rank, columns), leading expert axes apart.
+
+    kaiming: U(-b, b) with b = 1 / sqrt(columns), that is He et al. 2015 (arXiv:1502.01852) with a = sqrt(5), as
+    `nn.Linear` does; gaussian: N(0, 1 / rank^2); orthogonal: orthonormal rows or columns (Saxe et al. 2014,
+    arXiv:1312.6120).
+    """
+    drawn = torch.empty(parameter.shape, dtype=torch.float32)
+    if init == "kaiming":
+        bound = 1 / math.sqrt(max(1, math.prod(parameter.shape[1:])))
+        drawn.uniform_(-bound, bound, generator=generator)
+    elif init == "gaussian":
+        drawn.normal_(0, 1 / parameter.shape[0], generator=generator)
+    else:
+        nn.init.orthogonal_(drawn.view(parameter.shape[0], -1), generator=generator)
+    parameter.copy_(drawn)

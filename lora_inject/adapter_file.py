@@ -1,0 +1,147 @@
+"""The file format, version 1: one safetensors file with the adapters' tensors and how to use them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from .config import SITE_OPTIONS, SiteConfig, as_dtype, check_name, dtype_name
+from .errors import ConfigError, FormatError
+from .safefile import Entry, Header, parse_json, read_header
+from .version import VERSION
+
+FORMAT = "lora_inject"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRecord:
+    """One site as a file describes it.
+
+    Attributes:
+        path: first path of the module in the model that the adapter was exported from.
+        aliases: its further paths.
+        kind: kind of the adapter class.
+        config: the options.
+        extras: options of the adapter class alone.
+        base: {"shape", "hash"} of the weight that it was trained on.
+    """
+
+    path: str
+    aliases: tuple[str, ...]
+    kind: str
+    config: SiteConfig
+    extras: Mapping[str, Any]
+    base: Mapping[str, Any]
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the names of its tensors."""
+        return f"{self.path}." if self.path else ""
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A file whose header was read and checked: the adapter's name and its sites by path."""
+
+    header: Header
+    name: str
+    version: str
+    sites: Mapping[str, SiteRecord]
+
+    @cached_property
+    def entries(self) -> dict[str, dict[str, Entry]]:
+        """Tensor entries by path of their site, then by parameter name."""
+        found: dict[str, dict[str, Entry]] = {}
+        for key, entry in self.header.tensors.items():
+            path, _, name = key.rpartition(".")
+            found.setdefault(path, {})[name] = entry
+        return found
+
+
+def metadata(name: str, records: Sequence[SiteRecord]) -> dict[str, str]:
+    """Returns the metadata of a file that holds these sites."""
+    adapter = {"name": name, "sites": [_write_site(record) for record in records]}
+    base = {"sites": {record.path: dict(record.base) for record in records}}
+    return {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "lora_inject_version": VERSION,
+        "adapter": json.dumps(adapter),
+        "base": json.dumps(base),
+    }
+
+
+def _write_site(record: SiteRecord) -> dict[str, Any]:
+    options = {option: getattr(record.config, option) for option in SITE_OPTIONS}
+    options["dtype"] = dtype_name(options["dtype"])
+    where = {"path": record.path, "aliases": list(record.aliases), "adapter": record.kind}
+    return where | options | {"options": dict(record.extras)}
+
+
+def read_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
+    """Returns what an adapter file says, every key of its metadata checked; no tensor is read.
+
+    Raises:
+        FormatError: unreadable, another format or version, or metadata that are incomplete or wrong.
+    """
+    header = read_header(path)
+    meta = header.metadata
+    if meta.get("format") != FORMAT:
+        raise FormatError(
+            f"{path}: not a lora_inject adapter: its metadata say format {meta.get('format')!r}, not {FORMAT!r}"
+        )
+    if meta.get("format_version") != str(FORMAT_VERSION):
+        raise FormatError(
+            f"{path}: format_version {meta.get('format_version')!r} is unknown to lora_inject {VERSION}, which reads "
+            f"version {FORMAT_VERSION}: upgrade lora_inject, or export the adapter again"
+        )
+    adapter = _mapping(meta.get("adapter"), f"{path}: metadata 'adapter'", {"name", "sites"})
+    base = _mapping(meta.get("base"), f"{path}: metadata 'base'", {"sites"})
+    if not isinstance(adapter["sites"], list) or not isinstance(base["sites"], dict):
+        raise FormatError(f"{path}: metadata: adapter.sites must be a list and base.sites an object")
+    sites: dict[str, SiteRecord] = {}
+    for entry in adapter["sites"]:
+        record = _read_site(entry, base["sites"], f"{path}: metadata")
+        if record.path in sites:
+            raise FormatError(f"{path}: metadata: site {record.path!r} stands twice")
+        sites[record.path] = record
+    if not sites:
+        raise FormatError(f"{path}: the file holds no site")
+    try:
+        name = check_name(adapter["name"])
+    except ConfigError as error:
+        raise FormatError(f"{path}: metadata: {error}") from None
+    return AdapterFile(header, name, meta.get("lora_inject_version", "unknown"), sites)
+
+
+def _mapping(text: str | None, where: str, keys: set[str]) -> dict[str, Any]:
+    value = parse_json(text, where) if text is not None else None
+    if not isinstance(value, dict) or set(value) != keys:
+        raise FormatError(f"{where}: must be an object with exactly the keys {', '.join(sorted(keys))}")
+    return value
+
+
+def _read_site(entry: object, bases: Mapping[str, Any], where: str) -> SiteRecord:
+    keys = {"path", "aliases", "adapter", "options", *SITE_OPTIONS}
+    if not isinstance(entry, dict) or set(entry) != keys:
+        raise FormatError(f"{where}: a site must be an object with exactly the keys {', '.join(sorted(keys))}")
+    path, aliases = entry["path"], entry["aliases"]
+    if not isinstance(path, str) or not isinstance(aliases, list) or not all(isinstance(a, str) for a in aliases):
+        raise FormatError(f"{where}: path must be a string and aliases a list of strings")
+    if not isinstance(entry["adapter"], str) or not isinstance(entry["options"], dict):
+        raise FormatError(f"{where}: site {path!r}: adapter must be a string and options an object")
+    base = bases.get(path)
+    if not isinstance(base, dict) or set(base) != {"shape", "hash"}:
+        raise FormatError(f"{where}: base.sites does not describe site {path!r} by its shape and hash")
+    options = {option: entry[option] for option in SITE_OPTIONS}
+    options["dtype"] = as_dtype(options["dtype"])
+    try:
+        config = SiteConfig(**options)
+    except ConfigError as error:
+        raise FormatError(f"{where}: site {path!r}: {error}") from None
+    return SiteRecord(path, tuple(aliases), entry["adapter"], config, entry["options"], base)

@@ -1,0 +1,101 @@
+"""Adapter for a whole block: a low-rank path from the input of any module to its output."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapter import Adapter, Layout
+from ..config import SiteConfig
+from ..errors import UnsupportedError
+from ..registry import register
+
+
+@register
+class BlockAdapter(Adapter):
+    """y = block(x) + scaling * ((x A^T + a) B^T + b): A (rank, in_features), B (out_features, rank).
+
+    For any module that maps one tensor to one tensor with the same leading axes. There is no weight that the update
+    could be merged into: a nonlinear block plus a linear path is not a block of that kind.
+    """
+
+    kind = "block"
+    extras = ("in_features", "out_features", "example")
+    on_request = True
+    mergeable = False
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    @classmethod
+    def can_adapt(cls, module: nn.Module) -> bool:
+        """Any module, where a target asks for it."""
+        return True
+
+    @classmethod
+    def knows_forward(cls, module: nn.Module) -> bool:
+        """True: the block's own forward runs as it is."""
+        return True
+
+    @classmethod
+    def shape(cls, module: nn.Module) -> tuple[int, ...]:
+        """A block has no single weight."""
+        return ()
+
+    @classmethod
+    def layout(cls, module: nn.Module, config: SiteConfig, extras: Mapping[str, Any]) -> Layout:
+        """Returns the shapes of the factors from the given sizes, or from a run of a copy on the example input.
+
+        Raises:
+            UnsupportedError: no sizes and no example, or an example that the block does not map to a tensor.
+        """
+        if "example" in extras:
+            columns, rows = _measure(module, extras["example"])
+        elif "in_features" in extras and "out_features" in extras:
+            columns, rows = extras["in_features"], extras["out_features"]
+        else:
+            raise UnsupportedError("a block needs its sizes: give in_features and out_features, or example=a tensor")
+        shapes: Layout = {"lora_A": (config.rank, columns), "lora_B": (rows, config.rank)}
+        return shapes | ({"lora_A_bias": (config.rank,), "lora_B_bias": (rows,)} if config.bias else {})
+
+    @staticmethod
+    def base_forward(host: Any, *args: Any, **kwargs: Any) -> Any:
+        """The block's own forward."""
+        return host.base.forward(host, *args, **kwargs)
+
+    def update(self, host: Any, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Adds scaling times the low-rank path, computed in the input's dtype."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        if self.config.dropout:
+            x = F.dropout(x, self.config.dropout, self.training)
+        first, second = self._parameters.get("lora_A_bias"), self._parameters.get("lora_B_bias")
+        inner = F.linear(x, self.lora_A.to(x.dtype), None if first is None else first.to(x.dtype))
+        path = F.linear(inner, self.lora_B.to(x.dtype), None if second is None else second.to(x.dtype))
+        return output + path.to(output.dtype) * (self.scaling * self.factor)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the sizes of the block's input and output."""
+        return {"in_features": self.lora_A.shape[1], "out_features": self.lora_B.shape[0]}
+
+    def delta(self, host: Any) -> dict[str, Tensor]:
+        """Returns {}: no parameter of the block is updated."""
+        return {}
+
+
+@torch.no_grad()
+def _measure(module: nn.Module, example: Any) -> tuple[int, int]:
+    with torch.random.fork_rng():
+        try:
+            output = copy.deepcopy(module).eval()(example)
+        except Exception as error:
+            raise UnsupportedError(f"the block fails on the example input: {error}") from error
+    if not isinstance(output, Tensor) or output.shape[:-1] != example.shape[:-1]:
+        found = f"{tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise UnsupportedError(
+            f"the block maps {tuple(example.shape)} to {found}: only tensor to tensor with equal leading axes will do"
+        )
+    return example.shape[-1], output.shape[-1]

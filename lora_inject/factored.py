@@ -1,0 +1,97 @@
+"""Adapters whose update is one low-rank product: Delta W = scaling * B A, rows of W in B, columns in A."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapter import Adapter, Layout
+from .config import SiteConfig
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Returns the tensor in float32, or in its own dtype where that is wider."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+class FactoredAdapter(Adapter, abc.ABC):
+    """One factored update of the parameter `weight` (Hu et al. 2021, arXiv:2106.09685, equation 3).
+
+    Delta W = scaling * B A, where W is seen as a matrix (rows, columns), `lora_B` as (rows, rank) and `lora_A` as
+    (rank, columns). With `bias=True` the first factor that the input meets has a bias and the second too. With
+    `dense=True` and a rank that would need as many numbers as W, `lora_dense` holds Delta W / scaling itself.
+    """
+
+    updates: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_dense: nn.Parameter
+
+    @classmethod
+    @abc.abstractmethod
+    def factors(cls, module: nn.Module, config: SiteConfig) -> Layout:
+        """Returns the shapes of `lora_A`, `lora_B`, and of the biases in the order in which the input meets them."""
+
+    @classmethod
+    def layout(cls, module: nn.Module, config: SiteConfig, extras: Mapping[str, Any]) -> Layout:
+        """Returns the shapes of the factors, or of the dense update that takes their place."""
+        shapes = cls.factors(module, config)
+        if not config.bias:
+            shapes = {name: shapes[name] for name in ("lora_A", "lora_B")}
+        weight = cls.shape(module)
+        size = math.prod(shapes["lora_A"]) + math.prod(shapes["lora_B"])
+        if config.dense and size >= math.prod(weight):
+            last = list(shapes)[-1]
+            shapes = {"lora_dense": weight} | ({last: shapes[last]} if config.bias else {})
+        return shapes
+
+    def matrix(self) -> Tensor:
+        """Returns B A as (rows, columns), or the dense update, in float32 or wider."""
+        if self.is_dense:
+            return wide(self.lora_dense)
+        a, b = wide(self.lora_A), wide(self.lora_B)
+        return b.reshape(-1, a.shape[0]) @ a.reshape(a.shape[0], -1)
+
+    def unfold(self, host: Any, matrix: Tensor) -> Tensor:
+        """Returns the product, or the dense update, in the shape of the weight."""
+        return matrix.reshape(self.shape(host))
+
+    def bias_delta(self, host: Any) -> Tensor | None:
+        """Returns the update of the host's bias before scaling, or None without `bias=True`."""
+        return None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether one full-size update takes the place of the factors."""
+        return "lora_dense" in self._parameters
+
+    def delta(self, host: Any) -> dict[str, Tensor]:
+        """Returns {"weight": scaling * B A} and, with `bias=True`, the update of "bias"."""
+        # Under autocast the product would be rounded to half precision before it is added.
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            found = {"weight": self.unfold(host, self.matrix()) * self.scaling}
+            bias = self.bias_delta(host)
+            return found if bias is None else found | {"bias": bias * self.scaling}
+
+    def reading(self, host: Any, name: str) -> Tensor | None:
+        """Returns the update of one parameter; while training with dropout, with whole columns of A dropped."""
+        update = self.delta(host).get(name)
+        if update is None or name != "weight" or not (self.training and self.config.dropout):
+            return update
+        # One mask for all tokens: the reader has the weight alone, not the input that dropout would meet.
+        return update * F.dropout(torch.ones_like(update[:1]), self.config.dropout)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Returns the input of the low-rank path after dropout."""
+        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+
+    @property
+    def strength(self) -> float:
+        """The scaling, times the factor of the open `scaled` contexts."""
+        return self.scaling * self.factor

@@ -1,0 +1,237 @@
+"""The only code that touches `__class__`: a module becomes a host, and stops being one.
+
+The module object stays what it is. Its class becomes a cached subclass `Adapted<Base>` whose adapted parameters are
+properties: whoever reads them from outside gets W + delta, while `_parameters` and the state dict keep W. If the
+adapter class knows the base's forward, the host computes from `_parameters` and adds the low-rank path to the output;
+if not, the base's own forward runs and reads the properties.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .errors import StateError, UnsupportedError
+from .factored import wide
+from .tree import INNER
+
+
+class Adapters(nn.ModuleDict):
+    """The child of a host that holds its adapters by name, and what a merge has kept to go back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, Tensor | None] = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapters:
+        # A merged host that is cast or moved takes the originals along, or unmerge would give back the old ones.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for name, tensor in self.kept.items():
+                if isinstance(tensor, nn.Parameter):
+                    tensor.data = fn(tensor.data)
+                elif tensor is not None:
+                    self.kept[name] = fn(tensor)
+        return self
+
+
+class Host:
+    """Mixed into the class of a module while it carries adapters."""
+
+    is_lora_host = True
+    adapters: Adapters
+    host_type: type
+    base: type
+    names: tuple[str, ...]
+    family: Any
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made = super().__reduce_ex__(protocol)
+        if not isinstance(made, tuple) or made[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            raise UnsupportedError(
+                f"{base_class(self).__name__} pickles in a way of its own, which would lose its adapters: "
+                "export them and uninject first"
+            )
+        return (_revive, recipe_of(self), *made[2:])
+
+    def _live(self) -> list[Any]:
+        """Returns the adapters that act beside the parameters now."""
+        return [adapter for adapter in self.adapters.values() if adapter.live]
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        merged = [name for name in self.adapters.kept if prefix + name in state_dict]
+        if merged:
+            raise StateError(
+                f"{prefix}{merged[0]}: cannot load base weights while adapters are merged into them: "
+                "call lora_inject.unmerge(model) first"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
+
+
+class OutputHost(Host):
+    """A host whose base forward is known: it adds each adapter's path to the base's output."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the base's output with the update of every live adapter added."""
+        output = self.family.base_forward(self, *args, **kwargs)
+        for adapter in self._live():
+            output = adapter.update(self, output, *args, **kwargs)
+        return output
+
+
+def base_tensor(module: nn.Module, name: str) -> Any:
+    """Returns what a parameter is without adapters: never W + delta, on a host or elsewhere."""
+    if name in module._parameters:
+        return module._parameters[name]
+    if name in module.__dict__:
+        return module.__dict__[name]
+    if isinstance(module, Host):
+        return getattr(super(module.host_type, module), name, None)
+    return getattr(module, name, None)
+
+
+def effective(host: Any, name: str) -> Any:
+    """Returns W + delta over the live adapters, rounded once to W's dtype; W itself where there are none."""
+    base = base_tensor(host, name)
+    total: Any = None
+    for adapter in host._live():
+        update = adapter.reading(host, name)
+        if update is not None:
+            update = update * adapter.factor
+            total = update if total is None else total + update
+    if total is None:
+        return base
+    if base is None:
+        return total.to(base_tensor(host, "weight").dtype)
+    return (wide(base) + total).to(base.dtype)
+
+
+def _view(name: str) -> property:
+    def read(host: Any) -> Any:
+        return effective(host, name)
+
+    def write(host: Any, value: Any) -> None:
+        # Only tensors that are no Parameters come here: nn.Module keeps Parameters in `_parameters`.
+        host.__dict__[name] = value
+
+    return property(read, write, doc=f"{name} with the live adapters' updates added; `_parameters` keeps the base's.")
+
+
+# Values are held weakly, because parametrize makes a base class per instance: the last host takes its class along.
+_host_classes: weakref.WeakValueDictionary[tuple[Any, ...], type] = weakref.WeakValueDictionary()
+
+
+def host_class(base: type, names: tuple[str, ...], family: type[Adapter] | None) -> type:
+    """Returns the subclass of `base` for hosts: one class per base, adapted parameters and known forward."""
+    key = (base, names, family)
+    made = _host_classes.get(key)
+    if made is None:
+        body: dict[str, Any] = {name: _view(name) for name in names}
+        body |= {"__module__": base.__module__, "__doc__": base.__doc__, "base": base, "names": names, "family": family}
+        made = type(f"Adapted{base.__name__}", (Host if family is None else OutputHost, base), body)
+        made.host_type = made  # type: ignore[attr-defined]
+        _host_classes[key] = made
+    return made
+
+
+def is_host(module: object) -> bool:
+    """Says whether the module carries adapters."""
+    return isinstance(module, Host)
+
+
+def base_class(module: object) -> type:
+    """Returns the class that the module has without adapters."""
+    return module.base if isinstance(module, Host) else type(module)
+
+
+def recipe_of(host: Host) -> tuple[Any, ...]:
+    """Returns what `host_class` needs to make the class of this host again."""
+    return host.base, host.names, host.family
+
+
+def _revive(base: type, names: tuple[str, ...], family: type[Adapter] | None) -> Any:
+    made: Any = host_class(base, names, family)
+    return made.__new__(made)
+
+
+def is_outermost(host: Host) -> bool:
+    """Says whether the class is the one that `attach` gave: nothing else was swapped in on top of it."""
+    return type(host) is host.host_type
+
+
+def family_for(adapter_class: type[Adapter], module: nn.Module) -> type[Adapter] | None:
+    """Returns the class whose `base_forward` serves the module, or None where its own forward must run.
+
+    A forward set on the instance (accelerate's hooks, some patchers) is unknown to the adapter class, and calls the
+    base's forward, which reads the properties.
+    """
+    known = "forward" not in module.__dict__ and adapter_class.knows_forward(module)
+    return adapter_class if known else None
+
+
+def attach(module: nn.Module, name: str, adapter: Adapter) -> None:
+    """Puts an adapter into a module and makes it a host if it is none yet; all checks lie behind the caller."""
+    adapter.train(module.training)
+    if isinstance(module, Host):
+        module.adapters._modules[name] = adapter
+        names = tuple(dict.fromkeys((*module.names, *adapter.updates)))
+        if names != module.names:
+            module.__class__ = host_class(module.base, names, module.family)
+        return
+    inner = Adapters()
+    inner.training = module.training
+    inner._modules[name] = adapter
+    swapped = host_class(type(module), adapter.updates, family_for(type(adapter), module))
+    module._modules[INNER] = inner
+    module.__class__ = swapped
+
+
+def detach(module: nn.Module, name: str) -> Adapter:
+    """Takes one adapter out and returns it with its weights; the last one out gives the module its class back."""
+    inner: Any = module._modules[INNER]
+    adapter: Adapter = inner._modules.pop(name)
+    if not inner._modules:
+        module.__class__ = base_class(module)
+        del module._modules[INNER]
+        drop_stale_forward(module)
+    return adapter
+
+
+def drop_stale_forward(module: nn.Module) -> None:
+    """Frees the instance of bound methods of its former host class.
+
+    accelerate keeps the forward that it found, the host's, in `_old_forward`, and sets it as the instance's forward
+    when its hook goes.
+    """
+    for key, value in list(module.__dict__.items()):
+        if getattr(value, "__func__", None) is OutputHost.forward:
+            if key == "forward":
+                del module.__dict__[key]
+            else:
+                module.__dict__[key] = types.MethodType(type(module).forward, module)
+
+
+def restorer(module: nn.Module) -> Callable[[], None]:
+    """Returns a function that gives the module the class, adapters and instance attributes that it has now."""
+    cls, inner, own = type(module), module._modules.get(INNER), dict(module.__dict__)
+    held = dict(inner._modules) if isinstance(inner, Adapters) else None
+
+    def restore() -> None:
+        module.__class__ = cls
+        module.__dict__.update(own)
+        if held is None:
+            if isinstance(module._modules.get(INNER), Adapters):
+                del module._modules[INNER]
+            return
+        module._modules[INNER] = inner
+        inner._modules.clear()  # type: ignore[union-attr]
+        inner._modules.update(held)  # type: ignore[union-attr]
+
+    return restore

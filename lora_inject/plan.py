@@ -1,0 +1,230 @@
+"""Planning: which sites a set of targets selects, with every check, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from .adapter import Adapter
+from .config import Injection, dtype_name
+from .errors import LoraInjectError, TargetError, UnsupportedError, listing
+from .host import base_class
+from .recipe import Recipe
+from .registry import adapter_for, by_kind
+from .sites import Site, make_site
+from .tables import dims, percent, table
+from .targets import Target, as_targets, is_literal, matcher, nearest_paths
+from .tree import Node, walk
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A module that a pattern matched and that gets no adapter, and why."""
+
+    path: str
+    kind: str
+    why: str
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan:
+    """The ordered sites of one injection, what was skipped and why, and the hits of every pattern.
+
+    A value: planning changes nothing, and printing it shows a table. `len(plan)` counts the sites.
+    """
+
+    injection: Injection
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+    hits: Mapping[str, int]
+    model_parameters: int
+
+    @property
+    def name(self) -> str:
+        """The name that the adapters share."""
+        return self.injection.name
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the adapters of all sites hold."""
+        return sum(site.parameters for site in self.sites)
+
+    @property
+    def share(self) -> float:
+        """The adapters' numbers as a share of the model's."""
+        return self.parameters / max(1, self.model_parameters)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __repr__(self) -> str:
+        return f"<Plan {self.name!r}: {len(self)} sites, {self.parameters:,} parameters>"
+
+    def __str__(self) -> str:
+        headers = ("path", "module", "shape", "adapter", "rank", "parameters", "share")
+        parts = [table(headers, [_row(site, self.model_parameters) for site in self.sites])]
+        parts.append(f"{len(self)} sites, {self.parameters:,} parameters, {percent(self.share)} of the model")
+        parts.append(table(("pattern", "sites"), list(self.hits.items())))
+        if self.skipped:
+            rows = [(skip.path or "(root)", skip.kind, skip.why) for skip in self.skipped]
+            parts.append(table(("skipped", "module", "why"), rows, limit=20))
+        return "\n\n".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the plan as values that JSON can hold."""
+        return {
+            "name": self.name,
+            "parameters": self.parameters,
+            "model_parameters": self.model_parameters,
+            "share": self.share,
+            "hits": dict(self.hits),
+            "sites": [_site_dict(site) for site in self.sites],
+            "skipped": [{"path": skip.path, "module": skip.kind, "why": skip.why} for skip in self.skipped],
+        }
+
+
+def _row(site: Site, total: int) -> tuple[object, ...]:
+    kind = base_class(site.module).__name__
+    share = percent(site.parameters / max(1, total))
+    return (
+        site.path or "(root)",
+        kind,
+        dims(site.shape),
+        site.adapter_class.kind,
+        site.config.rank,
+        site.parameters,
+        share,
+    )
+
+
+def _site_dict(site: Site) -> dict[str, Any]:
+    return {
+        "path": site.path,
+        "aliases": list(site.aliases),
+        "module": base_class(site.module).__name__,
+        "shape": list(site.shape),
+        "adapter": site.adapter_class.kind,
+        "rank": site.config.rank,
+        "scaling": site.config.scaling,
+        "dtype": dtype_name(site.dtype),
+        "parameters": site.parameters,
+    }
+
+
+def plan(model: nn.Module, targets: object, **options: Any) -> Plan:
+    """Returns what `inject` with the same arguments would do; changes nothing.
+
+    Args:
+        model: the model, on any device, the meta device included.
+        targets: a pattern, a `Target`, a list of both, or a `Recipe`.
+        **options: those of `inject`.
+
+    Raises:
+        ConfigError: an option or a name cannot be used.
+        TargetError: a pattern selects no site; names the nearest paths.
+        UnsupportedError: a selected module cannot be served exactly.
+        StateError: a selected site has an adapter of that name already.
+    """
+    recipe = targets if isinstance(targets, Recipe) else Recipe(as_targets(targets))
+    injection = recipe.injection.override(options)
+    nodes = walk(model)
+    chosen = _match(nodes, recipe.targets)
+    sites, skipped = _choose(chosen, injection)
+    served = {site.path for site in sites}
+    hits = {
+        target.pattern: sum(node.path in served for node, hit in chosen if target in hit) for target in recipe.targets
+    }
+    for target in recipe.targets:
+        if not hits[target.pattern]:
+            raise _no_site(target, nodes, [node for node, hit in chosen if target in hit], skipped)
+    return Plan(injection, tuple(sites), tuple(skipped), hits, count_parameters(nodes))
+
+
+def _match(nodes: Sequence[Node], targets: Sequence[Target]) -> list[tuple[Node, list[Target]]]:
+    """Returns the nodes that any target selects by path and type, each with its targets in order."""
+    tests = [(target, matcher(target.pattern)) for target in targets]
+    found = []
+    for node in nodes:
+        hit = [target for target, matches in tests if any(map(matches, node.paths)) and target.accepts(node.module)]
+        if hit:
+            found.append((node, hit))
+    return found
+
+
+def _choose(chosen: Sequence[tuple[Node, list[Target]]], injection: Injection) -> tuple[list[Site], list[Skipped]]:
+    excludes = [matcher(pattern) for pattern in injection.exclude]
+    sites: list[Site] = []
+    skipped: list[Skipped] = []
+    problems: list[LoraInjectError] = []
+    for node, hit in chosen:
+        adapter_class = _class_for(node, hit)
+        kind = base_class(node.module).__name__
+        if any(matches(path) for matches in excludes for path in node.paths):
+            skipped.append(Skipped(node.path, kind, "excluded"))
+        elif adapter_class is None:
+            skipped.append(Skipped(node.path, kind, f"no adapter class serves {kind}"))
+        else:
+            try:
+                sites.append(_site(node, adapter_class, hit, injection))
+            except LoraInjectError as problem:
+                problems.append(type(problem)(f"{node.path or '(root)'} ({kind}): {problem}"))
+    if len(problems) > 1:
+        raise type(problems[0])(f"{len(problems)} sites cannot be adapted:\n" + listing([str(p) for p in problems]))
+    if problems:
+        raise problems[0]
+    return sites, skipped
+
+
+def _class_for(node: Node, hit: Sequence[Target]) -> type[Adapter] | None:
+    asked = [target.adapter for target in hit if target.adapter is not None]
+    return by_kind(asked[-1]) if asked else adapter_for(node.module)
+
+
+def _site(node: Node, adapter_class: type[Adapter], hit: Sequence[Target], injection: Injection) -> Site:
+    options: dict[str, Any] = {}
+    extras: dict[str, Any] = {}
+    for target in hit:
+        options.update(target.options)
+        extras.update(target.extras)
+    return make_site(node, adapter_class, replace(injection.site, **options), injection.name, extras)
+
+
+def _no_site(
+    target: Target, nodes: Sequence[Node], matched: Sequence[Node], skipped: Sequence[Skipped]
+) -> LoraInjectError:
+    """Returns the error for a target that selects no site."""
+    if matched:
+        paths = {node.path for node in matched}
+        lines = [f"{skip.path or '(root)'} ({skip.kind}): {skip.why}" for skip in skipped if skip.path in paths]
+        kind = UnsupportedError if is_literal(target.pattern) and "excluded" not in lines[0] else TargetError
+        return kind(
+            f"target {target.pattern!r} matches {len(matched)} modules, but none can be adapted:\n{listing(lines)}\n"
+            "Choose modules inside them, or register an adapter class for them."
+        )
+    paths_of = [path for node in nodes for path in node.paths]
+    matches = matcher(target.pattern)
+    other = sorted({base_class(node.module).__name__ for node in nodes if any(map(matches, node.paths))})
+    if other:
+        return TargetError(
+            f"target {target.pattern!r}: type={target.type!r} fits none of its modules ({', '.join(other)})"
+        )
+    near = nearest_paths(target.pattern, paths_of)
+    hint = (
+        f"The nearest paths are:\n{listing(near)}" if near else 'Print lora_inject.plan(model, "*") to see the paths.'
+    )
+    deeper = f"*.{target.pattern}"
+    below = sum(map(matcher(deeper), paths_of)) if not target.pattern.startswith(("re:", "*")) else 0
+    hint += f"\nThe pattern {deeper!r} would match {below} modules." if below else ""
+    return TargetError(f"target {target.pattern!r} matches no module: a pattern covers the whole dotted path. {hint}")
+
+
+def count_parameters(nodes: Sequence[Node]) -> int:
+    """Returns how many numbers the modules' parameters hold, shared ones once, adapters left out."""
+    unique = {id(p): p for node in nodes for p in node.module._parameters.values() if p is not None}
+    return sum(p.numel() for p in unique.values() if not isinstance(p, nn.parameter.UninitializedParameter))

@@ -1,0 +1,67 @@
+"""Finding the adapters that a model carries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from .adapter import Adapter
+from .errors import StateError, did_you_mean
+from .host import Host
+from .tree import walk
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """One adapter in a model: its site's path, its name, the host and the adapter itself."""
+
+    path: str
+    name: str
+    module: nn.Module
+    adapter: Adapter
+
+
+def adapters(model: nn.Module) -> Iterator[AdapterRef]:
+    """Yields every adapter in the model, in the order of the modules, then of injection."""
+    for node in walk(model):
+        if isinstance(node.module, Host):
+            for name, adapter in node.module.adapters.items():
+                yield AdapterRef(node.path, name, node.module, adapter)  # type: ignore[arg-type]
+
+
+def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
+    """Returns the adapters' parameters by their keys in the model's state dict, to hand to an optimizer.
+
+    Args:
+        model: a model with adapters.
+        name: only the adapters of this name; None means all.
+
+    Raises:
+        StateError: no adapter has that name.
+    """
+    names = pick(model, () if name is None else (name,))
+    return {
+        f"{node.key}adapters.{owner}.{key}": parameter
+        for node in walk(model)
+        if isinstance(node.module, Host)
+        for owner, adapter in node.module.adapters.items()
+        if owner in names
+        for key, parameter in adapter.named_parameters()
+    }
+
+
+def pick(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the given names after checking each, or all names that the model has where none is given.
+
+    Raises:
+        StateError: the model carries no adapters, or none of one of the names.
+    """
+    known = tuple(dict.fromkeys(ref.name for ref in adapters(model)))
+    if not known:
+        raise StateError("the model carries no adapters: call lora_inject.inject or load first")
+    for name in names:
+        if name not in known:
+            raise StateError(f"no adapter is named {name!r}: {did_you_mean(str(name), known)}")
+    return names or known

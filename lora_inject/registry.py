@@ -1,0 +1,57 @@
+"""Which adapter class serves a module: the first whose `can_adapt` says yes, newest first."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from .adapter import Adapter
+from .errors import ConfigError, did_you_mean
+
+A = TypeVar("A", bound=type[Adapter])
+_classes: list[type[Adapter]] = []
+
+
+def register(adapter_class: A) -> A:
+    """Adds an adapter class in front of all others; use it as a class decorator.
+
+    Registering a class of the same `kind` again replaces the older one, so that a notebook cell can be run twice.
+
+    Raises:
+        ConfigError: not a subclass of `lora_inject.Adapter`, abstract methods left, or no `kind`.
+    """
+    if not (isinstance(adapter_class, type) and issubclass(adapter_class, Adapter)):
+        raise ConfigError(f"register: {adapter_class!r} is not a subclass of lora_inject.Adapter")
+    missing = sorted(getattr(adapter_class, "__abstractmethods__", ()))
+    if missing:
+        raise ConfigError(f"register: {adapter_class.__name__} does not define {', '.join(missing)}")
+    if not isinstance(getattr(adapter_class, "kind", None), str):
+        raise ConfigError(f'register: {adapter_class.__name__} needs a name for files and tables: kind = "..."')
+    _classes[:] = [adapter_class, *(known for known in _classes if known.kind != adapter_class.kind)]
+    return adapter_class
+
+
+def registered() -> tuple[type[Adapter], ...]:
+    """Returns the registered classes in the order in which they are asked."""
+    return tuple(_classes)
+
+
+def adapter_for(module: nn.Module) -> type[Adapter] | None:
+    """Returns the class that serves the module, or None where none can."""
+    for known in _classes:
+        if not known.on_request and known.can_adapt(module):
+            return known
+    return None
+
+
+def by_kind(kind: object) -> type[Adapter]:
+    """Returns the registered class of that kind, or the class itself.
+
+    Raises:
+        ConfigError: no class of that kind is registered.
+    """
+    for known in _classes:
+        if kind is known or kind == known.kind:
+            return known
+    raise ConfigError(f"adapter {kind!r} is not registered: {did_you_mean(str(kind), [c.kind for c in _classes])}")

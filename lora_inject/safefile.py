@@ -1,0 +1,184 @@
+"""Safetensors files: a strict look at the header before anything is read, and writing that is all or nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import FormatError
+
+HEADER_LIMIT = 32 * 2**20
+"""Largest header in bytes that is parsed."""
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file: its dtype and shape, and where its bytes lie behind the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says about itself, checked against its size."""
+
+    path: Path
+    tensors: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Returns the value of a JSON text.
+
+    Raises:
+        FormatError: not JSON, a key twice in one object, NaN or Infinity, or nested beyond reason.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) != len(items):
+            keys = [key for key, _ in items]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise FormatError(f"{where}: the key {twice!r} stands twice in one object")
+        return found
+
+    def constant(name: str) -> NoReturn:
+        raise FormatError(f"{where}: {name} is not a number that JSON knows")
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{where}: not valid JSON: {error}") from None
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Returns the checked header of a safetensors file; no tensor is read.
+
+    Raises:
+        FormatError: no such file, another format, a truncated file, or entries that contradict the file's size.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8 or length > HEADER_LIMIT:
+                raise FormatError(
+                    f"{path}: not a safetensors file, or a truncated one: its first eight bytes announce a header of "
+                    f"{length} bytes, and the file has {size}"
+                )
+            raw = parse_json(file.read(length), f"{path}: header")
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if not isinstance(raw, dict):
+        raise FormatError(f"{path}: header is not a JSON object")
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError(f"{path}: __metadata__ must map strings to strings")
+    tensors = {name: _entry(entry, f"{path}: tensor {name!r}") for name, entry in raw.items()}
+    _check_offsets(path, tensors.values(), size - 8 - length)
+    return Header(path, tensors, metadata)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _entry(entry: object, where: str) -> Entry:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise FormatError(f"{where}: needs exactly dtype, shape and data_offsets")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not isinstance(shape, list) or len(shape) > 64 or not all(map(_is_size, shape)):
+        raise FormatError(f"{where}: shape {str(shape)[:80]} is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise FormatError(f"{where}: data_offsets {str(offsets)[:80]} is not a pair of offsets")
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise FormatError(f"{where}: unknown dtype {str(entry['dtype'])[:80]!r}")
+    start, end = offsets
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise FormatError(f"{where}: shape {shape} in {entry['dtype']} does not fill bytes {start} to {end}")
+    return Entry(dtype, tuple(shape), start, end)
+
+
+def _check_offsets(path: Path, entries: Iterable[Entry], size: int) -> None:
+    position = 0
+    for start, end in sorted((entry.start, entry.end) for entry in entries):
+        if start != position:
+            raise FormatError(f"{path}: tensor data overlap, or leave a gap, at byte {min(start, position)}")
+        position = end
+    if position != size:
+        raise FormatError(f"{path}: header describes {position} bytes of data, the file holds {size}: it is truncated")
+
+
+def read_tensors(header: Header, names: Iterable[str]) -> dict[str, Tensor]:
+    """Returns the named tensors on the CPU.
+
+    Raises:
+        FormatError: the file changed or cannot be read any more.
+    """
+    try:
+        with safe_open(str(header.path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{header.path}: cannot be read: {error}") from error
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Writes a safetensors file under a temporary name beside `path`, syncs it to disk, and renames it.
+
+    Raises:
+        FormatError: the folder does not exist or the disk does not take the file; an older file stays as it was.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(ready, str(beside), dict(metadata))
+        _sync(beside)
+        os.replace(beside, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{path}: cannot be written: {error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,191 @@
+"""Putting adapters into a model and taking them out again."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import Adapter
+from .commit import Undo, all_or_nothing
+from .errors import StateError, UnsupportedError
+from .host import Host, attach, detach, family_for, host_class, is_outermost, restorer
+from .merging import bake_host, merge_host, unmerge_host
+from .plan import Plan, plan
+from .refs import AdapterRef, adapters, pick
+from .sites import Site
+from .tree import Node, tied, walk
+
+FROZEN = "_lora_inject_frozen"
+"""Attribute of a module that names its parameters that trained before the injection."""
+
+
+def inject(model: nn.Module, targets: object, **options: Any) -> Plan:
+    """Puts low-rank adapters into the modules that the targets select, in place, and returns the plan.
+
+    All or nothing: an error, or Ctrl-C, leaves the model as it was, bit for bit and flag for flag. Outputs are equal
+    to before until the adapters are trained, because B starts at zero.
+
+    Args:
+        model: any module; its selected modules become hosts and stay the same objects.
+        targets: a glob such as "*.q_proj", a regular expression after "re:", a `Target`, a list of these, or a
+            `Recipe`. Every pattern must select at least one site.
+        **options: what follows, each for all sites unless a `Target` overrides it.
+            rank (int, 8): inner size of the factors.
+            alpha (float, None): scaling = alpha / rank; None means alpha = rank.
+            dropout (float, 0.0): dropout on the low-rank path while training.
+            exclude (pattern or patterns, ()): paths to leave out.
+            name (str, "default"): the name that these adapters share.
+            bias (bool, False): biases on A and B, merged into the base's bias.
+            rslora (bool, False): scaling = alpha / sqrt(rank).
+            dense (bool, False): a full-size update where the factors would hold as many numbers.
+            init (str, "kaiming"): how A is drawn: kaiming, gaussian or orthogonal.
+            factorization (str, "pointwise"): for convolutions: pointwise or balanced.
+            dtype (torch.dtype, None): of A and B; None means float32 for half-precision bases, else the base's.
+            freeze (bool, True): everything but adapters stops training, until the last adapter goes.
+            seed (int, None): draws A reproducibly, whatever the order of modules; None uses the global generator.
+
+    Raises:
+        ConfigError: an option cannot be used.
+        TargetError: a pattern selects no site.
+        UnsupportedError: a selected module cannot be served exactly.
+        StateError: a selected site has an adapter of that name already.
+    """
+    planned = plan(model, targets, **options)
+    seed = planned.injection.seed
+    built = [build(site) for site in planned]
+    for site, adapter in zip(planned, built, strict=True):
+        adapter.reset(None if seed is None else _generator(seed, site.path))
+    insert(model, planned, built)
+    return planned
+
+
+def build(site: Site) -> Adapter:
+    """Returns a new adapter for the site, its numbers not set, and makes sure that the module's class can change."""
+    adapter = site.adapter_class(site.config, site.layout, site.dtype, site.device)
+    if not isinstance(site.module, Host):
+        base = type(site.module)
+        try:
+            host_class(base, site.adapter_class.updates, family_for(site.adapter_class, site.module))
+        except Exception as error:
+            raise UnsupportedError(f"{site.path}: {base.__name__} refuses to be subclassed: {error}") from error
+    return adapter
+
+
+def _generator(seed: int, path: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}:{path}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def insert(model: nn.Module, planned: Plan, built: list[Adapter]) -> None:
+    """Attaches one built adapter per site, and freezes the rest if the injection asks for it; all or nothing."""
+    with all_or_nothing() as undo:
+        for site, adapter in zip(planned, built, strict=True):
+            undo(restorer(site.module))
+            attach(site.module, planned.name, adapter)
+        if planned.injection.freeze:
+            _freeze(walk(model), undo)
+
+
+def _freeze(nodes: list[Node], undo: Undo) -> None:
+    for node in nodes:
+        trained = [name for name, p in node.module._parameters.items() if p is not None and p.requires_grad]
+        if not trained:
+            continue
+        module = node.module
+        known = module.__dict__.get(FROZEN, ())
+        undo(partial(_thaw, module, trained, known))
+        module.__dict__[FROZEN] = tuple(dict.fromkeys((*known, *trained)))
+        for name in trained:
+            module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
+
+
+def _thaw(module: nn.Module, names: list[str] | tuple[str, ...], mark: tuple[str, ...] = ()) -> None:
+    for name in names:
+        parameter = module._parameters.get(name)
+        if parameter is not None:
+            parameter.requires_grad_(True)
+    if mark:
+        module.__dict__[FROZEN] = mark
+    else:
+        module.__dict__.pop(FROZEN, None)
+
+
+def uninject(model: nn.Module, name: str | None = None, *, keep_merged: bool = False) -> None:
+    """Takes adapters out: same objects, classes, keys, bytes, flags and hooks as before the injection.
+
+    Merged weights are unmerged first, unless they are to be kept. When the last adapter goes, every parameter gets
+    the `requires_grad` back that it had before the injection.
+
+    Args:
+        model: a model with adapters.
+        name: only the adapters of this name; None means all.
+        keep_merged: leave the merged weights in place and remove everything else.
+
+    Raises:
+        StateError: no such adapter; `keep_merged` without a merge; or a class that was changed after the injection.
+    """
+    names = pick(model, () if name is None else (name,))
+    refs = [ref for ref in adapters(model) if ref.name in names]
+    _check_removable(refs, keep_merged)
+    shared = tied(walk(model))
+    with all_or_nothing() as undo:
+        for path, host in {ref.path: ref.module for ref in refs}.items():
+            _settle(host, path, names, keep_merged, shared, undo)
+            undo(restorer(host))
+        for ref in refs:
+            detach(ref.module, ref.name)
+        if next(adapters(model), None) is None:
+            _thaw_all(model, undo)
+
+
+def _check_removable(refs: list[AdapterRef], keep_merged: bool) -> None:
+    for ref in refs:
+        if not is_outermost(ref.module):  # type: ignore[arg-type]
+            raise StateError(
+                f"{ref.path}: its class was changed to {type(ref.module).__name__} after the injection; undo that "
+                "first (last in, first out), then uninject"
+            )
+        if keep_merged and not ref.adapter.merged:
+            raise StateError(
+                f"{ref.path}: adapter {ref.name!r} is not merged, so keep_merged=True has nothing to keep: call "
+                "lora_inject.merge(model) first, or uninject without keep_merged"
+            )
+
+
+def _settle(
+    host: Any, path: str, leaving: tuple[str, ...], keep: bool, shared: set[tuple[int, str]], undo: Undo
+) -> None:
+    """Brings the host's parameters to what they must be once some adapters leave."""
+    merged = [name for name, adapter in host.adapters.items() if adapter.merged]
+    staying = [name for name in merged if name not in leaving]
+    if not merged or merged == staying:
+        return
+    if keep and not staying:
+        bake_host(host, undo)
+        return
+    unmerge_host(host, undo)
+    if keep:
+        merge_host(host, path, [name for name in merged if name in leaving], shared, undo)
+        bake_host(host, undo)
+    if staying:
+        merge_host(host, path, staying, shared, undo)
+
+
+def _thaw_all(model: nn.Module, undo: Undo) -> None:
+    for node in walk(model):
+        mark = node.module.__dict__.get(FROZEN)
+        if mark:
+            undo(partial(_refreeze, node.module, mark))
+            _thaw(node.module, mark)
+
+
+def _refreeze(module: nn.Module, mark: tuple[str, ...]) -> None:
+    module.__dict__[FROZEN] = mark
+    for name in mark:
+        parameter = module._parameters.get(name)
+        if parameter is not None:
+            parameter.requires_grad_(False)

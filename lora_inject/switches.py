@@ -1,0 +1,104 @@
+"""Switching adapters on and off, and scaling them, for a while or until further notice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .adapter import Adapter
+from .commit import all_or_nothing
+from .config import check_option
+from .errors import StateError
+from .host import Host
+from .merge import merged_hosts, merged_names
+from .merging import merge_host, unmerge_host
+from .refs import adapters, pick
+from .tree import tied, walk
+
+
+@contextmanager
+def disabled(model: nn.Module, *names: str) -> Iterator[None]:
+    """Runs the block without the adapters of these names (all where none is given).
+
+    On a merged model the base is there inside, and the merged weights are there again afterwards.
+
+    Raises:
+        StateError: no adapter has one of the names.
+    """
+    wanted = pick(model, names)
+    refs = [ref for ref in adapters(model) if ref.name in wanted]
+    covered = {id(ref.module) for ref in refs if ref.adapter.merged}
+    merged = {path: host for path, host in merged_hosts(model).items() if id(host) in covered}
+    before = {path: merged_names(host) for path, host in merged.items()}
+    with all_or_nothing() as undo:
+        for host in merged.values():
+            unmerge_host(host, undo)
+    for ref in refs:
+        ref.adapter.muted += 1
+    try:
+        yield
+    finally:
+        for ref in refs:
+            ref.adapter.muted -= 1
+        shared = tied(walk(model)) if merged else set()
+        with all_or_nothing() as undo:
+            for path, host in merged.items():
+                held = [name for name in before[path] if isinstance(host, Host) and name in host.adapters]
+                if held:
+                    merge_host(host, path, held, shared, undo)
+
+
+@contextmanager
+def scaled(model: nn.Module, factor: float, *names: str) -> Iterator[None]:
+    """Runs the block with the updates of these names (all where none is given) times a factor; nested ones multiply.
+
+    Raises:
+        ConfigError: the factor is not a finite number.
+        StateError: unknown name, or a merged adapter, whose update is in the weights already.
+    """
+    check_option("factor", factor)
+    wanted = pick(model, names)
+    refs = [ref for ref in adapters(model) if ref.name in wanted]
+    for ref in refs:
+        if ref.adapter.merged:
+            raise StateError(f"{ref.path}: adapter {ref.name!r} is merged and cannot be scaled: unmerge(model) first")
+    before = [(ref.adapter, ref.adapter.factor) for ref in refs]
+    for adapter, old in before:
+        adapter.factor = old * factor
+    try:
+        yield
+    finally:
+        for adapter, old in before:
+            adapter.factor = old
+
+
+class activate:
+    """Switches on the adapters of these names and off all others, at once; `with` switches back afterwards.
+
+    Args:
+        model: a model with adapters.
+        *names: the adapters that act from now on; none means that all are off.
+
+    Raises:
+        StateError: unknown name, or a merged adapter that would have to change.
+    """
+
+    def __init__(self, model: nn.Module, *names: str) -> None:
+        pick(model, names)
+        refs = list(adapters(model))
+        for ref in refs:
+            if ref.adapter.merged and ref.adapter.enabled != (ref.name in names):
+                raise StateError(f"{ref.path}: adapter {ref.name!r} is merged: unmerge(model) before you switch it")
+        self.before: list[tuple[Adapter, bool]] = [(ref.adapter, ref.adapter.enabled) for ref in refs]
+        for ref in refs:
+            ref.adapter.enabled = ref.name in names
+
+    def __enter__(self) -> activate:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for adapter, enabled in self.before:
+            adapter.enabled = enabled

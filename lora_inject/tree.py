@@ -1,0 +1,107 @@
+"""Walks a module tree once: each module once, with every path that leads to it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Children under which torch.compile and activation checkpointing hide the module that they wrap."""
+
+INNER = "adapters"
+"""The child of a host that holds its adapters; the walk does not enter it."""
+
+
+@dataclass(slots=True)
+class Node:
+    """One module of the tree.
+
+    Attributes:
+        module: the module itself.
+        paths: its dotted paths without wrapper segments, first found first; the rest are aliases.
+        key: the prefix of its entries in the model's state dict ("" for the root, else ends with ".").
+    """
+
+    module: nn.Module
+    paths: list[str]
+    key: str
+
+    @property
+    def path(self) -> str:
+        """The first path."""
+        return self.paths[0]
+
+
+@dataclass(slots=True)
+class _Walk:
+    nodes: dict[int, Node] = field(default_factory=dict)
+    open: set[int] = field(default_factory=set)
+
+
+def _unwrap(module: nn.Module, key: str) -> tuple[nn.Module, str]:
+    for name in WRAPPERS:
+        inner = module._modules.get(name)
+        if inner is not None:
+            # CheckpointWrapper takes its own segment out of state-dict keys, torch.compile does not.
+            return _unwrap(inner, key if name == "_checkpoint_wrapped_module" else f"{key}{name}.")
+    return module, key
+
+
+def _visit(walk: _Walk, module: nn.Module, path: str, key: str) -> None:
+    module, key = _unwrap(module, key)
+    ident = id(module)
+    if ident in walk.open:
+        return
+    node = walk.nodes.get(ident)
+    if node is None:
+        walk.nodes[ident] = Node(module, [path], key)
+    elif path not in node.paths:
+        node.paths.append(path)
+    children = module._modules
+    if not children:
+        return
+    walk.open.add(ident)
+    inner = INNER if getattr(type(module), "is_lora_host", False) else None
+    for name, child in children.items():
+        if child is not None and name != inner:
+            _visit(walk, child, f"{path}.{name}" if path else name, f"{key}{name}.")
+    walk.open.discard(ident)
+
+
+def walk(model: nn.Module) -> list[Node]:
+    """Returns every module of the model once, in the order of `named_modules()`, adapters left out."""
+    found = _Walk()
+    _visit(found, model, "", "")
+    return list(found.nodes.values())
+
+
+def tied(nodes: Iterable[Node]) -> set[tuple[int, str]]:
+    """Returns (id of module, parameter name) of every parameter that shares memory with one held elsewhere."""
+    holders: dict[int, list[tuple[int, int, int, str]]] = defaultdict(list)
+    for node in nodes:
+        for name, parameter in node.module._parameters.items():
+            if parameter is not None:
+                storage, start, end = _extent(parameter)
+                holders[storage].append((start, end, id(node.module), name))
+    found: set[tuple[int, str]] = set()
+    for group in holders.values():
+        group.sort()
+        for i, (_, end, module, name) in enumerate(group):
+            for start, _, other, other_name in group[i + 1 :]:
+                if start >= end:
+                    break
+                found |= {(module, name), (other, other_name)}
+    return found
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Returns the storage of a tensor and the range of elements that it covers there."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter):
+        return id(tensor), 0, 1
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset())
+    return int(tensor.untyped_storage()._cdata), start, start + max(1, int(span))
