@@ -21,6 +21,8 @@ from .state import adapter_state, export
 from .surgery import inject, uninject
 from .switches import activate, disabled, scaled
 from .targets import Target
+from .verdicts import Report
+from .verify import verify
 from .version import VERSION as __version__
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "MismatchError",
     "Plan",
     "Recipe",
+    "Report",
     "StateError",
     "Target",
     "TargetError",
@@ -53,4 +56,5 @@ __all__ = [
     "scaled",
     "uninject",
     "unmerge",
+    "verify",
 ]
