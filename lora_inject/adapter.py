@@ -16,6 +16,11 @@ Layout = dict[str, tuple[int, ...]]
 """Names and shapes of an adapter's parameters."""
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """Returns the tensor in float32, or in its own dtype where that is wider."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 class Adapter(nn.Module, abc.ABC):
     """The small module that sits in a host and updates its weights, or its output.
 
@@ -26,8 +31,12 @@ class Adapter(nn.Module, abc.ABC):
 
     kind: ClassVar[str]
     """Short name, used in files, tables and recipes."""
-    updates: ClassVar[tuple[str, ...]] = ()
-    """The host's parameters that `delta` may update."""
+    updates: tuple[str, ...] = ()
+    """The host's parameters that `delta` may update, the weight first."""
+    parameter: str | None = None
+    """The one parameter that the adapter serves, where its site is a parameter instead of a module."""
+    views: ClassVar[tuple[tuple[str, property], ...]] = ()
+    """Further properties that the host's class needs, for attributes that the base keeps beside its parameters."""
     extras: ClassVar[tuple[str, ...]] = ()
     """Options of this class alone that a Target may carry."""
     on_request: ClassVar[bool] = False
@@ -44,7 +53,14 @@ class Adapter(nn.Module, abc.ABC):
     factor = 1.0
     """Product of the open `scaled` contexts."""
 
-    def __init__(self, config: SiteConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: SiteConfig,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        extras: Mapping[str, Any],
+    ) -> None:
         super().__init__()
         self.config = config
         self.scaling = config.scaling
@@ -66,6 +82,11 @@ class Adapter(nn.Module, abc.ABC):
         """Says whether this class serves the module; must not change anything."""
 
     @classmethod
+    def can_adapt_parameter(cls, module: nn.Module, name: str) -> bool:
+        """Says whether this class serves that one parameter of a module; must not change anything."""
+        return False
+
+    @classmethod
     @abc.abstractmethod
     def layout(cls, module: nn.Module, config: SiteConfig, extras: Mapping[str, Any]) -> Layout:
         """Returns names and shapes of the parameters for this module.
@@ -76,8 +97,27 @@ class Adapter(nn.Module, abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def shape(cls, module: nn.Module) -> tuple[int, ...]:
+    def shape(cls, module: nn.Module, extras: Mapping[str, Any]) -> tuple[int, ...]:
         """Returns the shape of the weight that is adapted."""
+
+    @classmethod
+    def touches(cls, extras: Mapping[str, Any]) -> tuple[str, ...]:
+        """Returns what `updates` of an adapter with these extra options will be."""
+        return cls.updates
+
+    @classmethod
+    def parts(cls, module: nn.Module) -> tuple[str, ...] | None:
+        """Returns the parameters that get an adapter each when the module is selected; None serves it as a whole."""
+        return None
+
+    @classmethod
+    def also(cls, module: nn.Module) -> tuple[str, ...]:
+        """Returns names of children that are selected along with the module."""
+        return ()
+
+    @classmethod
+    def settle(cls, module: nn.Module) -> None:
+        """Brings what the base keeps beside its parameters up to date, once the last adapter is gone."""
 
     @classmethod
     def knows_forward(cls, module: nn.Module) -> bool:

@@ -38,6 +38,11 @@ class SiteRecord:
     extras: Mapping[str, Any]
     base: Mapping[str, Any]
 
+    def owner(self, path: str) -> str:
+        """Returns the path of the module that a path of this site belongs to: itself, or its parameter's owner."""
+        parameter = self.extras.get("parameter")
+        return path if parameter is None else path.removesuffix(f".{parameter}") if path != parameter else ""
+
     @property
     def prefix(self) -> str:
         """What stands before the names of its tensors."""

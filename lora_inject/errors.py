@@ -14,6 +14,10 @@ class ConfigError(LoraInjectError, ValueError):
     """An option, a recipe or a name has a value that cannot be used."""
 
 
+class RecipeError(ConfigError):
+    """A recipe cannot be found or read, or says what it must not; gives file, line and column."""
+
+
 class TargetError(LoraInjectError, ValueError):
     """A pattern selects nothing, or nothing that can be adapted."""
 

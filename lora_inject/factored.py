@@ -5,19 +5,15 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import Adapter, Layout
+from .adapter import Adapter, Layout, wide
 from .config import SiteConfig
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Returns the tensor in float32, or in its own dtype where that is wider."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+from .host import base_tensor
 
 
 class FactoredAdapter(Adapter, abc.ABC):
@@ -28,23 +24,28 @@ class FactoredAdapter(Adapter, abc.ABC):
     `dense=True` and a rank that would need as many numbers as W, `lora_dense` holds Delta W / scaling itself.
     """
 
-    updates: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    updates: tuple[str, ...] = ("weight", "bias")
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_dense: nn.Parameter
 
     @classmethod
     @abc.abstractmethod
-    def factors(cls, module: nn.Module, config: SiteConfig) -> Layout:
+    def factors(cls, config: SiteConfig, weight: tuple[int, ...]) -> Layout:
         """Returns the shapes of `lora_A`, `lora_B`, and of the biases in the order in which the input meets them."""
+
+    @classmethod
+    def shape(cls, module: nn.Module, extras: Mapping[str, Any]) -> tuple[int, ...]:
+        """Returns the shape of the weight as it is stored."""
+        return tuple(base_tensor(module, cls.touches(extras)[0]).shape)
 
     @classmethod
     def layout(cls, module: nn.Module, config: SiteConfig, extras: Mapping[str, Any]) -> Layout:
         """Returns the shapes of the factors, or of the dense update that takes their place."""
-        shapes = cls.factors(module, config)
+        shapes = cls.factors(config, cls.shape(module, extras))
         if not config.bias:
             shapes = {name: shapes[name] for name in ("lora_A", "lora_B")}
-        weight = cls.shape(module)
+        weight = cls.shape(module, extras)
         size = math.prod(shapes["lora_A"]) + math.prod(shapes["lora_B"])
         if config.dense and size >= math.prod(weight):
             last = list(shapes)[-1]
@@ -60,7 +61,7 @@ class FactoredAdapter(Adapter, abc.ABC):
 
     def unfold(self, host: Any, matrix: Tensor) -> Tensor:
         """Returns the product, or the dense update, in the shape of the weight."""
-        return matrix.reshape(self.shape(host))
+        return matrix.reshape(base_tensor(host, self.updates[0]).shape)
 
     def bias_delta(self, host: Any) -> Tensor | None:
         """Returns the update of the host's bias before scaling, or None without `bias=True`."""
@@ -75,14 +76,14 @@ class FactoredAdapter(Adapter, abc.ABC):
         """Returns {"weight": scaling * B A} and, with `bias=True`, the update of "bias"."""
         # Under autocast the product would be rounded to half precision before it is added.
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
-            found = {"weight": self.unfold(host, self.matrix()) * self.scaling}
+            found = {self.updates[0]: self.unfold(host, self.matrix()) * self.scaling}
             bias = self.bias_delta(host)
-            return found if bias is None else found | {"bias": bias * self.scaling}
+            return found if bias is None else found | {self.updates[1]: bias * self.scaling}
 
     def reading(self, host: Any, name: str) -> Tensor | None:
         """Returns the update of one parameter; while training with dropout, with whole columns of A dropped."""
         update = self.delta(host).get(name)
-        if update is None or name != "weight" or not (self.training and self.config.dropout):
+        if update is None or name != self.updates[0] or not (self.training and self.config.dropout):
             return update
         # One mask for all tokens: the reader has the weight alone, not the input that dropout would meet.
         return update * F.dropout(torch.ones_like(update[:1]), self.config.dropout)
@@ -90,6 +91,11 @@ class FactoredAdapter(Adapter, abc.ABC):
     def drop(self, x: Tensor) -> Tensor:
         """Returns the input of the low-rank path after dropout."""
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+
+    def cast(self, name: str, x: Tensor) -> Tensor | None:
+        """Returns one of the biases in the dtype of the input, or None where there is none."""
+        bias = self._parameters.get(name)
+        return None if bias is None else bias.to(x.dtype)
 
     @property
     def strength(self) -> float:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import Adapter
 from .host import Host, base_tensor
 from .tree import walk
 
@@ -16,13 +15,17 @@ SAMPLE = 64
 """How many elements of a weight are hashed, evenly spread, the first and the last among them."""
 
 
-def fingerprint(module: Any, adapter_class: type[Adapter]) -> dict[str, Any]:
+def fingerprint(module: Any, names: tuple[str, ...]) -> dict[str, Any]:
     """Returns {"shape", "hash"} of the weight that a site adapts, as it is without merged updates.
 
     The hash is 8 bytes of blake2b over a fixed sample of elements, rounded to bfloat16. For an adapter of a whole
     block it covers a sample of every parameter of the block.
+
+    Args:
+        module: the host, or the module that will be one.
+        names: the parameters that the adapter updates, the weight first; none for a block.
     """
-    name = next(iter(adapter_class.updates), None)
+    name = next(iter(names), None)
     tensors = _everything(module) if name is None else [_original(module, name)]
     digest = hashlib.blake2b(digest_size=8)
     for tensor in tensors:

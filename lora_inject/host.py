@@ -11,24 +11,41 @@ from __future__ import annotations
 import copyreg
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import Adapter, wide
 from .errors import StateError, UnsupportedError
-from .factored import wide
 from .tree import INNER
 
 
+def slot(name: str, parameter: str | None = None) -> str:
+    """Returns the key of an adapter in its host: its name, and the parameter it serves if it serves one alone."""
+    return name if parameter is None else f"{name}@{parameter}"
+
+
 class Adapters(nn.ModuleDict):
-    """The child of a host that holds its adapters by name, and what a merge has kept to go back."""
+    """The child of a host that holds its adapters by slot, and what a merge has kept to go back."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kept: dict[str, Tensor | None] = {}
+
+    def named(self) -> Iterator[tuple[str, Any]]:
+        """Yields the name and the adapter of every slot."""
+        for key, adapter in self._modules.items():
+            yield key.partition("@")[0], adapter
+
+    def of(self, names: Collection[str]) -> list[Any]:
+        """Returns the adapters of these names."""
+        return [adapter for name, adapter in self.named() if name in names]
+
+    def merged_names(self) -> list[str]:
+        """Returns the names of the adapters that the host's parameters hold now."""
+        return list(dict.fromkeys(name for name, adapter in self.named() if adapter.merged))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapters:
         # A merged host that is cast or moved takes the originals along, or unmerge would give back the old ones.
@@ -51,6 +68,7 @@ class Host:
     base: type
     names: tuple[str, ...]
     family: Any
+    source: type[Adapter] | None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = super().__reduce_ex__(protocol)
@@ -109,7 +127,7 @@ def effective(host: Any, name: str) -> Any:
     if total is None:
         return base
     if base is None:
-        return total.to(base_tensor(host, "weight").dtype)
+        return total.to(base_tensor(host, host.names[0]).dtype)
     return (wide(base) + total).to(base.dtype)
 
 
@@ -128,13 +146,24 @@ def _view(name: str) -> property:
 _host_classes: weakref.WeakValueDictionary[tuple[Any, ...], type] = weakref.WeakValueDictionary()
 
 
-def host_class(base: type, names: tuple[str, ...], family: type[Adapter] | None) -> type:
-    """Returns the subclass of `base` for hosts: one class per base, adapted parameters and known forward."""
-    key = (base, names, family)
+def host_class(
+    base: type, names: tuple[str, ...], family: type[Adapter] | None, source: type[Adapter] | None = None
+) -> type:
+    """Returns the subclass of `base` for hosts, made once.
+
+    Args:
+        base: the class that the module has now.
+        names: the adapted parameters, which become properties.
+        family: the adapter class that knows the base's forward, or None where that runs itself.
+        source: the adapter class that brings further properties, or None.
+    """
+    key = (base, names, family, source)
     made = _host_classes.get(key)
     if made is None:
         body: dict[str, Any] = {name: _view(name) for name in names}
-        body |= {"__module__": base.__module__, "__doc__": base.__doc__, "base": base, "names": names, "family": family}
+        body |= {} if source is None else dict(source.views)
+        body |= {"__module__": base.__module__, "__doc__": base.__doc__}
+        body |= {"base": base, "names": names, "family": family, "source": source}
         made = type(f"Adapted{base.__name__}", (Host if family is None else OutputHost, base), body)
         made.host_type = made  # type: ignore[attr-defined]
         _host_classes[key] = made
@@ -153,11 +182,11 @@ def base_class(module: object) -> type:
 
 def recipe_of(host: Host) -> tuple[Any, ...]:
     """Returns what `host_class` needs to make the class of this host again."""
-    return host.base, host.names, host.family
+    return host.base, host.names, host.family, host.source
 
 
-def _revive(base: type, names: tuple[str, ...], family: type[Adapter] | None) -> Any:
-    made: Any = host_class(base, names, family)
+def _revive(*recipe: Any) -> Any:
+    made: Any = host_class(*recipe)
     return made.__new__(made)
 
 
@@ -176,31 +205,35 @@ def family_for(adapter_class: type[Adapter], module: nn.Module) -> type[Adapter]
     return adapter_class if known else None
 
 
+def class_for(module: nn.Module, adapter: Adapter) -> type:
+    """Returns the host class that the module has with this adapter added."""
+    if isinstance(module, Host):
+        names = tuple(dict.fromkeys((*module.names, *adapter.updates)))
+        return type(module) if names == module.names else host_class(module.base, names, module.family, module.source)
+    kind = type(adapter)
+    return host_class(type(module), adapter.updates, family_for(kind, module), kind if kind.views else None)
+
+
 def attach(module: nn.Module, name: str, adapter: Adapter) -> None:
     """Puts an adapter into a module and makes it a host if it is none yet; all checks lie behind the caller."""
     adapter.train(module.training)
-    if isinstance(module, Host):
-        module.adapters._modules[name] = adapter
-        names = tuple(dict.fromkeys((*module.names, *adapter.updates)))
-        if names != module.names:
-            module.__class__ = host_class(module.base, names, module.family)
-        return
-    inner = Adapters()
-    inner.training = module.training
-    inner._modules[name] = adapter
-    swapped = host_class(type(module), adapter.updates, family_for(type(adapter), module))
-    module._modules[INNER] = inner
+    swapped = class_for(module, adapter)
+    if not isinstance(module, Host):
+        module._modules[INNER] = Adapters()
+        module._modules[INNER].training = module.training  # type: ignore[union-attr]
+    module._modules[INNER]._modules[slot(name, adapter.parameter)] = adapter  # type: ignore[union-attr]
     module.__class__ = swapped
 
 
-def detach(module: nn.Module, name: str) -> Adapter:
+def detach(module: nn.Module, name: str, parameter: str | None = None) -> Adapter:
     """Takes one adapter out and returns it with its weights; the last one out gives the module its class back."""
     inner: Any = module._modules[INNER]
-    adapter: Adapter = inner._modules.pop(name)
+    adapter: Adapter = inner._modules.pop(slot(name, parameter))
     if not inner._modules:
         module.__class__ = base_class(module)
         del module._modules[INNER]
         drop_stale_forward(module)
+        adapter.settle(module)
     return adapter
 
 

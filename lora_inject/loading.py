@@ -55,7 +55,7 @@ def load(
     placed = _place(file, nodes, strict)
     sites = _sites(file, placed, injection.name)
     if check_base:
-        _check_base(file, placed, sites)
+        _check_base(file, sites)
     plan = Plan(injection, tuple(sites.values()), (), {str(path): len(sites)}, count_parameters(nodes))
     insert(model, plan, _filled(file, sites))
     return plan
@@ -67,7 +67,8 @@ def _place(file: AdapterFile, nodes: Sequence[Node], strict: bool) -> dict[str, 
     placed: dict[str, Node] = {}
     missing: list[str] = []
     for record in file.sites.values():
-        node = next((by_path[path] for path in (record.path, *record.aliases) if path in by_path), None)
+        owners = [record.owner(path) for path in (record.path, *record.aliases)]
+        node = next((by_path[path] for path in owners if path in by_path), None)
         if node is None:
             near = nearest_paths(record.path, by_path)[:2]
             missing.append(record.path + (f" (nearest: {', '.join(near)})" if near else ""))
@@ -94,7 +95,7 @@ def _sites(file: AdapterFile, placed: Mapping[str, Node], name: str) -> dict[str
         record = file.sites[path]
         try:
             adapter_class = by_kind(record.kind)
-            if not adapter_class.can_adapt(node.module):
+            if not _serves(adapter_class, node.module, record.extras.get("parameter")):
                 wrong.append(f"{path}: adapter {record.kind!r} does not serve {type(node.module).__name__}")
                 continue
             site = make_site(node, adapter_class, record.config, name, record.extras)
@@ -112,6 +113,13 @@ def _sites(file: AdapterFile, placed: Mapping[str, Node], name: str) -> dict[str
     return sites
 
 
+def _serves(adapter_class: type[Adapter], module: nn.Module, parameter: str | None) -> bool:
+    """Says whether the class serves the module, or that parameter of it."""
+    if parameter is None:
+        return adapter_class.can_adapt(module)
+    return module._parameters.get(parameter) is not None and adapter_class.can_adapt_parameter(module, parameter)
+
+
 def _compare(file: AdapterFile, record: SiteRecord, site: Site) -> list[str]:
     """Returns a line for every tensor that is missing, unexpected, or of another shape or dtype."""
     entries = file.entries.get(record.path, {})
@@ -127,21 +135,18 @@ def _compare(file: AdapterFile, record: SiteRecord, site: Site) -> list[str]:
     return lines
 
 
-def _check_base(file: AdapterFile, placed: Mapping[str, Node], sites: Mapping[str, Site]) -> None:
+def _check_base(file: AdapterFile, sites: Mapping[str, Site]) -> None:
     differ = [
         path
         for path, site in sites.items()
-        if not _is_meta(site) and fingerprint(placed[path].module, site.adapter_class) != file.sites[path].base
+        if site.device.type != "meta"
+        and fingerprint(site.module, site.adapter_class.touches(site.extras)) != file.sites[path].base
     ]
     if differ:
         raise MismatchError(
             f"{file.header.path}: made for other base weights: {len(differ)} of {len(sites)} sites differ:\n"
             f"{listing(differ)}\nLoad it into its own base, or pass check_base=False if you know that this one will do."
         )
-
-
-def _is_meta(site: Site) -> bool:
-    return site.device.type == "meta"
 
 
 @torch.no_grad()

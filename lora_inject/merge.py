@@ -12,7 +12,7 @@ from .commit import all_or_nothing
 from .errors import StateError
 from .host import Host
 from .merging import Merged, merge_host, unmerge_host
-from .refs import AdapterRef, adapters, pick
+from .refs import AdapterRef, adapters, by_host, pick
 from .tables import percent, table
 from .tree import tied, walk
 
@@ -84,15 +84,11 @@ def merge(model: nn.Module, *names: str) -> MergeReport:
     shared = tied(nodes)
     rows: list[Merged] = []
     with all_or_nothing() as undo:
-        for path, host in {ref.path: ref.module for ref in refs}.items():
-            add = [ref.name for ref in refs if ref.module is host]
-            rows += merge_host(host, path, [*merged_names(host), *add], shared, undo)
+        for group in by_host(refs):
+            host: Any = group[0].module
+            held = dict.fromkeys((*host.adapters.merged_names(), *(ref.name for ref in group)))
+            rows += merge_host(host, group[0].host_path, tuple(held), shared, undo)
     return MergeReport(tuple(rows))
-
-
-def merged_names(host: Any) -> list[str]:
-    """Returns the names of the adapters that the host's parameters hold now."""
-    return [name for name, adapter in host.adapters.items() if adapter.merged]
 
 
 def _check_mergeable(ref: AdapterRef) -> None:
@@ -127,5 +123,7 @@ def unmerge(model: nn.Module) -> None:
 def merged_hosts(model: nn.Module) -> dict[str, Any]:
     """Returns the hosts with merged adapters by path."""
     return {
-        node.path: node.module for node in walk(model) if isinstance(node.module, Host) and merged_names(node.module)
+        node.path: node.module
+        for node in walk(model)
+        if isinstance(node.module, Host) and node.module.adapters.merged_names()
     }

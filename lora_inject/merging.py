@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter import wide
 from .commit import Undo
 from .errors import StateError, UnsupportedError
-from .factored import wide
 from .host import Adapters, base_tensor
 
 
@@ -56,8 +56,9 @@ def merge_host(host: Any, path: str, names: Sequence[str], shared: set[tuple[int
     """
     inner: Adapters = host.adapters
     totals: dict[str, Tensor] = {}
-    for name in names:
-        for key, update in inner[name].delta(host).items():  # type: ignore[operator]
+    held = inner.of(names)
+    for adapter in held:
+        for key, update in adapter.delta(host).items():
             totals[key] = totals[key] + update if key in totals else update
     rows = []
     for key, total in totals.items():
@@ -68,14 +69,14 @@ def merge_host(host: Any, path: str, names: Sequence[str], shared: set[tuple[int
                 f"{where} is computed from other parameters (weight_norm, parametrize), so nothing can be merged into "
                 "it: remove the parametrization first, or keep the adapter unmerged"
             )
-        dtype = base_tensor(host, "weight").dtype
+        dtype = base_tensor(host, host.names[0]).dtype
         value = (total if original is None else wide(original) + total).to(dtype)
         _check_finite(where, value, original)
         rows.append(_row(where, names, value, original, total, (id(host), key) in shared))
         _write(host, key, value, rows[-1].untied, undo)
-    for name in names:
-        undo(partial(setattr, inner[name], "merged", inner[name].merged))
-        inner[name].merged = True  # type: ignore[assignment]
+    for adapter in held:
+        undo(partial(setattr, adapter, "merged", adapter.merged))
+        adapter.merged = True
     return rows
 
 
@@ -117,7 +118,7 @@ def _write(host: Any, key: str, value: Tensor, untie: bool, undo: Undo) -> None:
         return
     undo(partial(_put_back, host, key, current))
     if current is None or untie:
-        trains = host._parameters["weight"].requires_grad if current is None else current.requires_grad
+        trains = host._parameters[host.names[0]].requires_grad if current is None else current.requires_grad
         kept[key] = current
         host._parameters[key] = nn.Parameter(value, requires_grad=trains)
     else:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from .adapter import Adapter
 from .config import Injection, dtype_name
 from .errors import LoraInjectError, TargetError, UnsupportedError, listing
 from .host import base_class
 from .recipe import Recipe
-from .registry import adapter_for, by_kind
+from .selection import Candidate, Selection
 from .sites import Site, make_site
 from .tables import dims, percent, table
 from .targets import Target, as_targets, is_literal, matcher, nearest_paths
@@ -134,94 +133,95 @@ def plan(model: nn.Module, targets: object, **options: Any) -> Plan:
     recipe = targets if isinstance(targets, Recipe) else Recipe(as_targets(targets))
     injection = recipe.injection.override(options)
     nodes = walk(model)
-    chosen = _match(nodes, recipe.targets)
-    sites, skipped = _choose(chosen, injection)
-    served = {site.path for site in sites}
-    hits = {
-        target.pattern: sum(node.path in served for node, hit in chosen if target in hit) for target in recipe.targets
-    }
-    for target in recipe.targets:
-        if not hits[target.pattern]:
-            raise _no_site(target, nodes, [node for node, hit in chosen if target in hit], skipped)
-    return Plan(injection, tuple(sites), tuple(skipped), hits, count_parameters(nodes))
+    selection = Selection(recipe.targets)
+    candidates = selection.candidates(nodes)
+    sites, skipped, hits = _choose(candidates, recipe.targets, injection)
+    for position, count in enumerate(hits):
+        if not count:
+            raise _no_site(selection, position, nodes, [c for c in candidates if position in c.hits], skipped)
+    labels = [target.label for target in recipe.targets]
+    return Plan(injection, tuple(sites), tuple(skipped), dict(zip(labels, hits, strict=True)), count_parameters(nodes))
 
 
-def _match(nodes: Sequence[Node], targets: Sequence[Target]) -> list[tuple[Node, list[Target]]]:
-    """Returns the nodes that any target selects by path and type, each with its targets in order."""
-    tests = [(target, matcher(target.pattern)) for target in targets]
-    found = []
-    for node in nodes:
-        hit = [target for target, matches in tests if any(map(matches, node.paths)) and target.accepts(node.module)]
-        if hit:
-            found.append((node, hit))
-    return found
-
-
-def _choose(chosen: Sequence[tuple[Node, list[Target]]], injection: Injection) -> tuple[list[Site], list[Skipped]]:
+def _choose(
+    candidates: Sequence[Candidate], targets: Sequence[Target], injection: Injection
+) -> tuple[list[Site], list[Skipped], list[int]]:
+    """Returns the checked sites, what is skipped, and how many sites each target has."""
     excludes = [matcher(pattern) for pattern in injection.exclude]
     sites: list[Site] = []
     skipped: list[Skipped] = []
+    hits = [0] * len(targets)
     problems: list[LoraInjectError] = []
-    for node, hit in chosen:
-        adapter_class = _class_for(node, hit)
-        kind = base_class(node.module).__name__
-        if any(matches(path) for matches in excludes for path in node.paths):
-            skipped.append(Skipped(node.path, kind, "excluded"))
-        elif adapter_class is None:
-            skipped.append(Skipped(node.path, kind, f"no adapter class serves {kind}"))
-        else:
-            try:
-                sites.append(_site(node, adapter_class, hit, injection))
-            except LoraInjectError as problem:
-                problems.append(type(problem)(f"{node.path or '(root)'} ({kind}): {problem}"))
+    for candidate in candidates:
+        why = _reason_to_skip(candidate, excludes)
+        if why:
+            skipped.append(Skipped(candidate.paths[0], base_class(candidate.node.module).__name__, why))
+            continue
+        try:
+            sites.append(_site(candidate, targets, injection))
+        except LoraInjectError as problem:
+            problems.append(type(problem)(f"{candidate.label}: {problem}"))
+        for position in candidate.hits:
+            hits[position] += 1
     if len(problems) > 1:
         raise type(problems[0])(f"{len(problems)} sites cannot be adapted:\n" + listing([str(p) for p in problems]))
     if problems:
         raise problems[0]
-    return sites, skipped
+    return sites, skipped, hits
 
 
-def _class_for(node: Node, hit: Sequence[Target]) -> type[Adapter] | None:
-    asked = [target.adapter for target in hit if target.adapter is not None]
-    return by_kind(asked[-1]) if asked else adapter_for(node.module)
+def _reason_to_skip(candidate: Candidate, excludes: Sequence[Callable[[str], bool]]) -> str:
+    if any(matches(path) for matches in excludes for path in (*candidate.paths, *candidate.node.paths)):
+        return "excluded"
+    if candidate.adapter_class is not None:
+        return ""
+    if candidate.parameter is not None:
+        return "only floating-point parameters of two or three axes can be factored"
+    return f"no adapter class serves {base_class(candidate.node.module).__name__}"
 
 
-def _site(node: Node, adapter_class: type[Adapter], hit: Sequence[Target], injection: Injection) -> Site:
+def _site(candidate: Candidate, targets: Sequence[Target], injection: Injection) -> Site:
     options: dict[str, Any] = {}
     extras: dict[str, Any] = {}
-    for target in hit:
-        options.update(target.options)
-        extras.update(target.extras)
-    return make_site(node, adapter_class, replace(injection.site, **options), injection.name, extras)
+    for position in candidate.hits:
+        options.update(targets[position].options)
+        extras.update(targets[position].extras)
+    if candidate.parameter is not None:
+        extras["parameter"] = candidate.parameter
+    assert candidate.adapter_class is not None
+    config = replace(injection.site, **options)
+    return make_site(candidate.node, candidate.adapter_class, config, injection.name, extras)
 
 
 def _no_site(
-    target: Target, nodes: Sequence[Node], matched: Sequence[Node], skipped: Sequence[Skipped]
+    selection: Selection, position: int, nodes: Sequence[Node], matched: Sequence[Candidate], skipped: Sequence[Skipped]
 ) -> LoraInjectError:
     """Returns the error for a target that selects no site."""
+    target = selection.targets[position]
     if matched:
-        paths = {node.path for node in matched}
+        paths = {candidate.paths[0] for candidate in matched}
         lines = [f"{skip.path or '(root)'} ({skip.kind}): {skip.why}" for skip in skipped if skip.path in paths]
-        kind = UnsupportedError if is_literal(target.pattern) and "excluded" not in lines[0] else TargetError
+        kind = UnsupportedError if is_literal(target.pattern) and not lines[0].endswith("excluded") else TargetError
         return kind(
-            f"target {target.pattern!r} matches {len(matched)} modules, but none can be adapted:\n{listing(lines)}\n"
+            f"target {target.pattern!r} matches {len(matched)} places, but none can be adapted:\n{listing(lines)}\n"
             "Choose modules inside them, or register an adapter class for them."
         )
-    paths_of = [path for node in nodes for path in node.paths]
-    matches = matcher(target.pattern)
-    other = sorted({base_class(node.module).__name__ for node in nodes if any(map(matches, node.paths))})
+    other = sorted({base_class(node.module).__name__ for node in nodes if selection.matches(position, node)})
     if other:
-        return TargetError(
-            f"target {target.pattern!r}: type={target.type!r} fits none of its modules ({', '.join(other)})"
-        )
-    near = nearest_paths(target.pattern, paths_of)
-    hint = (
-        f"The nearest paths are:\n{listing(near)}" if near else 'Print lora_inject.plan(model, "*") to see the paths.'
+        kinds = ", ".join(other)
+        return TargetError(f"target {target.pattern!r}: type={target.type!r} fits none of its modules ({kinds})")
+    return TargetError(
+        f"target {target.pattern!r} matches no module: a pattern covers the whole dotted path. "
+        + _hint(target.pattern, [path for node in nodes for path in node.paths])
     )
-    deeper = f"*.{target.pattern}"
-    below = sum(map(matcher(deeper), paths_of)) if not target.pattern.startswith(("re:", "*")) else 0
-    hint += f"\nThe pattern {deeper!r} would match {below} modules." if below else ""
-    return TargetError(f"target {target.pattern!r} matches no module: a pattern covers the whole dotted path. {hint}")
+
+
+def _hint(pattern: str, paths: Sequence[str]) -> str:
+    near = nearest_paths(pattern, paths)
+    hint = f"The nearest paths are:\n{listing(near)}" if near else "Print lora_inject.plan(model, '*') to see them all."
+    deeper = f"*.{pattern}"
+    below = 0 if pattern.startswith(("re:", "*")) else sum(map(matcher(deeper), paths))
+    return f"{hint}\nThe pattern {deeper!r} would match {below} modules." if below else hint
 
 
 def count_parameters(nodes: Sequence[Node]) -> int:

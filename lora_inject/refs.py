@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from .adapter import Adapter
 from .errors import StateError, did_you_mean
 from .host import Host
+from .sites import join
 from .tree import walk
 
 
@@ -22,13 +23,27 @@ class AdapterRef:
     module: nn.Module
     adapter: Adapter
 
+    @property
+    def host_path(self) -> str:
+        """The path of the host, which is that of the site unless the site is a parameter."""
+        parameter = self.adapter.parameter
+        return self.path if parameter is None else self.path[: -len(parameter)].rstrip(".")
+
 
 def adapters(model: nn.Module) -> Iterator[AdapterRef]:
     """Yields every adapter in the model, in the order of the modules, then of injection."""
     for node in walk(model):
         if isinstance(node.module, Host):
-            for name, adapter in node.module.adapters.items():
-                yield AdapterRef(node.path, name, node.module, adapter)  # type: ignore[arg-type]
+            for name, adapter in node.module.adapters.named():
+                yield AdapterRef(join(node.path, adapter.parameter), name, node.module, adapter)
+
+
+def by_host(refs: Iterable[AdapterRef]) -> list[list[AdapterRef]]:
+    """Returns the adapters in groups of one host each, in order."""
+    groups: dict[int, list[AdapterRef]] = {}
+    for ref in refs:
+        groups.setdefault(id(ref.module), []).append(ref)
+    return list(groups.values())
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
@@ -43,11 +58,11 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
     """
     names = pick(model, () if name is None else (name,))
     return {
-        f"{node.key}adapters.{owner}.{key}": parameter
+        f"{node.key}adapters.{held}.{key}": parameter
         for node in walk(model)
         if isinstance(node.module, Host)
-        for owner, adapter in node.module.adapters.items()
-        if owner in names
+        for held, adapter in node.module.adapters.items()
+        if held.partition("@")[0] in names
         for key, parameter in adapter.named_parameters()
     }
 

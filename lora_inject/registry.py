@@ -45,6 +45,14 @@ def adapter_for(module: nn.Module) -> type[Adapter] | None:
     return None
 
 
+def adapter_for_parameter(module: nn.Module, name: str) -> type[Adapter] | None:
+    """Returns the class that serves one parameter of the module, or None where none can."""
+    for known in _classes:
+        if known.can_adapt_parameter(module, name):
+            return known
+    return None
+
+
 def by_kind(kind: object) -> type[Adapter]:
     """Returns the registered class of that kind, or the class itself.
 

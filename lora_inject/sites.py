@@ -13,7 +13,7 @@ from torch import nn
 from .adapter import Adapter, Layout
 from .config import SiteConfig
 from .errors import ConfigError, StateError, UnsupportedError, did_you_mean
-from .host import Host, base_class, base_tensor, family_for, is_outermost
+from .host import Host, base_class, base_tensor, family_for, is_outermost, slot
 from .tree import INNER, Node
 
 
@@ -22,11 +22,12 @@ class Site:
     """One place that a target selected.
 
     Attributes:
-        path: the first path of the module; `aliases` are the others.
-        aliases: further paths of the same module object.
+        path: the first path of the module, or of the parameter where that is the site.
+        aliases: further paths of the same object.
         module: the module object, untouched by planning.
         adapter_class: the class that will serve it.
         config: its options, overrides applied.
+        extras: options of the adapter class alone.
         layout: names and shapes of the adapter's parameters.
         shape: shape of the adapted weight, () for a whole block.
         key: prefix of the module's entries in the state dict.
@@ -39,6 +40,7 @@ class Site:
     module: nn.Module
     adapter_class: type[Adapter]
     config: SiteConfig
+    extras: Mapping[str, Any]
     layout: Layout
     shape: tuple[int, ...]
     key: str
@@ -79,29 +81,38 @@ def make_site(
             raise ConfigError(
                 f"adapter {adapter_class.kind!r} has no option {option!r}: {did_you_mean(option, adapter_class.extras)}"
             )
-    _check_free(module, name)
-    _check_class(module, adapter_class)
-    dtype, device = _check_tensors(module, adapter_class)
+    parameter = extras.get("parameter")
+    names = adapter_class.touches(extras)
+    _check_free(module, slot(name, parameter))
+    _check_class(module, adapter_class, names)
+    dtype, device = _check_tensors(module, names)
     if config.dtype is None:
         half = dtype.itemsize < 4
         config = replace(config, dtype=torch.float32 if half else dtype)
     return Site(
-        path=node.path,
-        aliases=tuple(node.paths[1:]),
+        path=join(node.path, parameter),
+        aliases=tuple(join(path, parameter) for path in node.paths[1:]),
         module=module,
         adapter_class=adapter_class,
         config=config,
+        extras=extras,
         layout=adapter_class.layout(module, config, extras),
-        shape=adapter_class.shape(module),
+        shape=adapter_class.shape(module, extras),
         key=node.key,
         dtype=config.dtype,  # type: ignore[arg-type]
         device=device,
     )
 
 
-def _check_free(module: nn.Module, name: str) -> None:
+def join(path: str, parameter: str | None) -> str:
+    """Returns the path of a parameter, or of its module where none is given."""
+    return path if parameter is None else f"{path}.{parameter}" if path else parameter
+
+
+def _check_free(module: nn.Module, key: str) -> None:
     if isinstance(module, Host):
-        if name in module.adapters:
+        if key in module.adapters:
+            name = key.partition("@")[0]
             raise StateError(
                 f"already carries an adapter named {name!r}: give another name=, or uninject(model, {name!r}) first"
             )
@@ -114,11 +125,11 @@ def _check_free(module: nn.Module, name: str) -> None:
         )
 
 
-def _check_class(module: nn.Module, adapter_class: type[Adapter]) -> None:
+def _check_class(module: nn.Module, adapter_class: type[Adapter], names: tuple[str, ...]) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise UnsupportedError("a TorchScript module cannot be changed: inject before torch.jit.script or trace")
     family = family_for(adapter_class, module)
-    if family is None and not adapter_class.updates:
+    if family is None and not names:
         raise UnsupportedError(
             "its forward was replaced on the instance (by accelerate's hooks, say), past which an adapter of the whole "
             "block cannot act: remove the hook, inject, and add the hook again"
@@ -130,16 +141,15 @@ def _check_class(module: nn.Module, adapter_class: type[Adapter]) -> None:
             f"carries adapters of kind {module.family.kind!r}, beside which {adapter_class.kind!r} cannot work: "
             "uninject those first"
         )
-    if not is_outermost(module) and not set(adapter_class.updates) <= set(module.names):
+    if not is_outermost(module) and not set(names) <= set(module.names):
         raise UnsupportedError(
             f"its class was changed to {type(module).__name__} after it got adapters: undo that first (last in, "
             "first out)"
         )
 
 
-def _check_tensors(module: nn.Module, adapter_class: type[Adapter]) -> tuple[torch.dtype, torch.device]:
+def _check_tensors(module: nn.Module, names: tuple[str, ...]) -> tuple[torch.dtype, torch.device]:
     """Returns dtype and device of the adapted weight."""
-    names = adapter_class.updates
     tensor: Any = base_tensor(module, names[0]) if names else next(module.parameters(), None)
     if tensor is None and not names:
         return torch.get_default_dtype(), torch.get_default_device()

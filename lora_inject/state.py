@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from .adapter_file import SiteRecord, metadata
 from .errors import StateError
 from .fingerprint import fingerprint
-from .host import Host
-from .refs import pick
+from .refs import AdapterRef, adapters, pick
 from .safefile import write_tensors
-from .tree import Node, walk
+from .sites import join
+from .tree import walk
 
 
 def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -24,9 +23,9 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         StateError: no adapter has that name.
     """
     return {
-        f"{node.path}.{key}" if node.path else key: parameter.detach()
-        for node, host in _hosts(model, name)
-        for key, parameter in host.adapters[name].named_parameters()
+        join(ref.path, key): parameter.detach()
+        for ref in _refs(model, name)
+        for key, parameter in ref.adapter.named_parameters()
     }
 
 
@@ -52,24 +51,23 @@ def export(model: nn.Module, path: str | os.PathLike[str], name: str = "default"
     empty = next((key for key, tensor in state.items() if tensor.is_meta), None)
     if empty is not None:
         raise StateError(f"{empty} is on the meta device and holds no numbers: materialise the model first")
-    records = [_record(node, host, name) for node, host in _hosts(model, name)]
+    aliases = {id(node.module): node.paths[1:] for node in walk(model)}
+    records = [_record(ref, aliases[id(ref.module)]) for ref in _refs(model, name)]
     return write_tensors(path, state, metadata(name, records))
 
 
-def _hosts(model: nn.Module, name: str) -> list[tuple[Node, Host]]:
+def _refs(model: nn.Module, name: str) -> list[AdapterRef]:
     pick(model, (name,))
-    return [
-        (node, node.module) for node in walk(model) if isinstance(node.module, Host) and name in node.module.adapters
-    ]
+    return [ref for ref in adapters(model) if ref.name == name]
 
 
-def _record(node: Node, host: Host, name: str) -> SiteRecord:
-    adapter: Any = host.adapters[name]
+def _record(ref: AdapterRef, aliases: list[str]) -> SiteRecord:
+    adapter = ref.adapter
     return SiteRecord(
-        path=node.path,
-        aliases=tuple(node.paths[1:]),
+        path=ref.path,
+        aliases=tuple(join(alias, adapter.parameter) for alias in aliases),
         kind=adapter.kind,
         config=adapter.config,
         extras=adapter.describe(),
-        base=fingerprint(host, type(adapter)),
+        base=fingerprint(ref.module, adapter.updates),
     )

@@ -12,10 +12,10 @@ from torch import nn
 from .adapter import Adapter
 from .commit import Undo, all_or_nothing
 from .errors import StateError, UnsupportedError
-from .host import Host, attach, detach, family_for, host_class, is_outermost, restorer
+from .host import attach, class_for, detach, is_outermost, restorer
 from .merging import bake_host, merge_host, unmerge_host
 from .plan import Plan, plan
-from .refs import AdapterRef, adapters, pick
+from .refs import AdapterRef, adapters, by_host, pick
 from .sites import Site
 from .tree import Node, tied, walk
 
@@ -65,13 +65,12 @@ def inject(model: nn.Module, targets: object, **options: Any) -> Plan:
 
 def build(site: Site) -> Adapter:
     """Returns a new adapter for the site, its numbers not set, and makes sure that the module's class can change."""
-    adapter = site.adapter_class(site.config, site.layout, site.dtype, site.device)
-    if not isinstance(site.module, Host):
-        base = type(site.module)
-        try:
-            host_class(base, site.adapter_class.updates, family_for(site.adapter_class, site.module))
-        except Exception as error:
-            raise UnsupportedError(f"{site.path}: {base.__name__} refuses to be subclassed: {error}") from error
+    adapter = site.adapter_class(site.config, site.layout, site.dtype, site.device, site.extras)
+    try:
+        class_for(site.module, adapter)
+    except Exception as error:
+        kind = type(site.module).__name__
+        raise UnsupportedError(f"{site.path}: {kind} refuses to be subclassed: {error}") from error
     return adapter
 
 
@@ -133,11 +132,11 @@ def uninject(model: nn.Module, name: str | None = None, *, keep_merged: bool = F
     _check_removable(refs, keep_merged)
     shared = tied(walk(model))
     with all_or_nothing() as undo:
-        for path, host in {ref.path: ref.module for ref in refs}.items():
-            _settle(host, path, names, keep_merged, shared, undo)
-            undo(restorer(host))
+        for group in by_host(refs):
+            _settle(group[0], names, keep_merged, shared, undo)
+            undo(restorer(group[0].module))
         for ref in refs:
-            detach(ref.module, ref.name)
+            detach(ref.module, ref.name, ref.adapter.parameter)
         if next(adapters(model), None) is None:
             _thaw_all(model, undo)
 
@@ -156,11 +155,10 @@ def _check_removable(refs: list[AdapterRef], keep_merged: bool) -> None:
             )
 
 
-def _settle(
-    host: Any, path: str, leaving: tuple[str, ...], keep: bool, shared: set[tuple[int, str]], undo: Undo
-) -> None:
+def _settle(ref: AdapterRef, leaving: tuple[str, ...], keep: bool, shared: set[tuple[int, str]], undo: Undo) -> None:
     """Brings the host's parameters to what they must be once some adapters leave."""
-    merged = [name for name, adapter in host.adapters.items() if adapter.merged]
+    host: Any = ref.module
+    path, merged = ref.host_path, host.adapters.merged_names()
     staying = [name for name in merged if name not in leaving]
     if not merged or merged == staying:
         return

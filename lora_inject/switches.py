@@ -13,7 +13,7 @@ from .commit import all_or_nothing
 from .config import check_option
 from .errors import StateError
 from .host import Host
-from .merge import merged_hosts, merged_names
+from .merge import merged_hosts
 from .merging import merge_host, unmerge_host
 from .refs import adapters, pick
 from .tree import tied, walk
@@ -32,7 +32,7 @@ def disabled(model: nn.Module, *names: str) -> Iterator[None]:
     refs = [ref for ref in adapters(model) if ref.name in wanted]
     covered = {id(ref.module) for ref in refs if ref.adapter.merged}
     merged = {path: host for path, host in merged_hosts(model).items() if id(host) in covered}
-    before = {path: merged_names(host) for path, host in merged.items()}
+    before = {path: host.adapters.merged_names() for path, host in merged.items()}
     with all_or_nothing() as undo:
         for host in merged.values():
             unmerge_host(host, undo)
@@ -46,7 +46,7 @@ def disabled(model: nn.Module, *names: str) -> Iterator[None]:
         shared = tied(walk(model)) if merged else set()
         with all_or_nothing() as undo:
             for path, host in merged.items():
-                held = [name for name in before[path] if isinstance(host, Host) and name in host.adapters]
+                held = [name for name in before[path] if isinstance(host, Host) and host.adapters.of([name])]
                 if held:
                     merge_host(host, path, held, shared, undo)
 

@@ -88,6 +88,12 @@ class Target:
         object.__setattr__(self, "options", overrides)
         object.__setattr__(self, "extras", given)
 
+    @property
+    def label(self) -> str:
+        """The pattern, and the type where one is asked for."""
+        kind = getattr(self.type, "__name__", self.type)
+        return self.pattern if kind is None else f"{self.pattern} ({kind})"
+
     def accepts(self, module: nn.Module) -> bool:
         """Says whether the module is of the type that the target asks for."""
         if self.type is None:

@@ -1,5 +1,17 @@
 """The built-in adapter classes, one family of modules per file; importing this package registers them."""
 
-from . import block, conv, embedding, linear
+from . import parameter  # isort: skip - the most general class is asked last
+from . import attention, bilinear, block, conv, conv_transpose, embedding, embedding_bag, linear, recurrent
 
-__all__ = ["block", "conv", "embedding", "linear"]
+__all__ = [
+    "attention",
+    "bilinear",
+    "block",
+    "conv",
+    "conv_transpose",
+    "embedding",
+    "embedding_bag",
+    "linear",
+    "parameter",
+    "recurrent",
+]

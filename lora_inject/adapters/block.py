@@ -42,7 +42,7 @@ class BlockAdapter(Adapter):
         return True
 
     @classmethod
-    def shape(cls, module: nn.Module) -> tuple[int, ...]:
+    def shape(cls, module: nn.Module, extras: Mapping[str, Any]) -> tuple[int, ...]:
         """A block has no single weight."""
         return ()
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Layout
+from ..adapter import Layout, wide
 from ..config import SiteConfig
-from ..factored import FactoredAdapter, wide
-from ..host import base_class, base_tensor
+from ..factored import FactoredAdapter
+from ..host import base_class
 from ..registry import register
 
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -45,14 +45,9 @@ class ConvAdapter(FactoredAdapter):
         return plain and base.forward is known.forward and base._conv_forward is known._conv_forward
 
     @classmethod
-    def shape(cls, module: nn.Module) -> tuple[int, ...]:
-        """(out_channels, in_channels / groups, *kernel)."""
-        return tuple(base_tensor(module, "weight").shape)
-
-    @classmethod
-    def factors(cls, module: nn.Module, config: SiteConfig) -> Layout:
+    def factors(cls, config: SiteConfig, weight: tuple[int, ...]) -> Layout:
         """Returns the shapes of A and B as convolution weights."""
-        rows, columns, *kernel = cls.shape(module)
+        rows, columns, *kernel = weight
         split = len(kernel) // 2 if config.factorization == "balanced" else 0
         ones = [1] * len(kernel)
         return {
@@ -71,14 +66,10 @@ class ConvAdapter(FactoredAdapter):
         """Adds scaling times the two convolutions, computed in the input's dtype."""
         x = self.drop(args[0] if args else next(iter(kwargs.values())))
         if self.is_dense:
-            rows = host._conv_forward(x, self.lora_dense.to(x.dtype), self._bias("lora_B_bias", x))
+            rows = host._conv_forward(x, self.lora_dense.to(x.dtype), self.cast("lora_B_bias", x))
         else:
             rows = self._second(host, self._first(host, x))
         return output + rows.to(output.dtype) * self.strength
-
-    def _bias(self, name: str, x: Tensor) -> Tensor | None:
-        bias = self._parameters.get(name)
-        return None if bias is None else bias.to(x.dtype)
 
     def _split(self, axes: int) -> int:
         return axes // 2 if self.config.factorization == "balanced" else 0
@@ -92,7 +83,7 @@ class ConvAdapter(FactoredAdapter):
             mode = "constant" if host.padding_mode == "zeros" else host.padding_mode
             x, padding = F.pad(x, host._reversed_padding_repeated_twice, mode=mode), 0
         weight = self.lora_A.to(x.dtype).repeat(groups, *[1] * (axes + 1))
-        bias = self._bias("lora_A_bias", x)
+        bias = self.cast("lora_A_bias", x)
         bias = None if bias is None else bias.repeat(groups)
         stride = (*[1] * split, *host.stride[split:])
         dilation = (*[1] * split, *host.dilation[split:])
@@ -104,7 +95,7 @@ class ConvAdapter(FactoredAdapter):
         rest = [1] * (axes - self._split(axes))
         stride = (*host.stride[: axes - len(rest)], *rest)
         dilation = (*host.dilation[: axes - len(rest)], *rest)
-        weight, bias = self.lora_B.to(inner.dtype), self._bias("lora_B_bias", inner)
+        weight, bias = self.lora_B.to(inner.dtype), self.cast("lora_B_bias", inner)
         return _CONV[axes](inner, weight, bias, stride, 0, dilation, host.groups)
 
     def matrix(self) -> Tensor:

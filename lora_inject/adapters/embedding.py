@@ -8,11 +8,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Layout
+from ..adapter import Layout, wide
 from ..config import SiteConfig
 from ..errors import UnsupportedError
-from ..factored import FactoredAdapter, wide
-from ..host import base_class, base_tensor
+from ..factored import FactoredAdapter
+from ..host import base_class
 from ..registry import register
 
 
@@ -26,7 +26,7 @@ class EmbeddingAdapter(FactoredAdapter):
     """
 
     kind = "embedding"
-    updates = ("weight",)
+    updates: tuple[str, ...] = ("weight",)
 
     @classmethod
     def can_adapt(cls, module: nn.Module) -> bool:
@@ -38,11 +38,6 @@ class EmbeddingAdapter(FactoredAdapter):
         """True where neither the forward nor the access to the weight is a subclass's own."""
         own = base_class(module).forward  # type: ignore[attr-defined]
         return "weight" in module._parameters and own is nn.Embedding.forward
-
-    @classmethod
-    def shape(cls, module: nn.Module) -> tuple[int, ...]:
-        """(num_embeddings, embedding_dim)."""
-        return tuple(base_tensor(module, "weight").shape)
 
     @classmethod
     def layout(cls, module: nn.Module, config: SiteConfig, extras: Mapping[str, Any]) -> Layout:
@@ -59,9 +54,9 @@ class EmbeddingAdapter(FactoredAdapter):
         return super().layout(module, config, extras)
 
     @classmethod
-    def factors(cls, module: nn.Module, config: SiteConfig) -> Layout:
+    def factors(cls, config: SiteConfig, weight: tuple[int, ...]) -> Layout:
         """A (rank, embedding_dim), B (num_embeddings, rank)."""
-        rows, columns = cls.shape(module)
+        rows, columns = weight
         return {
             "lora_A": (config.rank, columns),
             "lora_B": (rows, config.rank),

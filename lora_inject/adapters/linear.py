@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Layout
+from ..adapter import Layout, wide
 from ..config import SiteConfig
-from ..factored import FactoredAdapter, wide
-from ..host import base_class, base_tensor
+from ..factored import FactoredAdapter
+from ..host import base_class
 from ..registry import register
 
 
@@ -26,11 +26,6 @@ class MatrixAdapter(FactoredAdapter, abc.ABC):
     @abc.abstractmethod
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """Returns the dense update as (out, in), and its bias (out)."""
-
-    @classmethod
-    def shape(cls, module: nn.Module) -> tuple[int, ...]:
-        """The weight's own shape."""
-        return tuple(base_tensor(module, "weight").shape)
 
     def update(self, host: Any, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Adds scaling times the low-rank path, computed in the input's dtype."""
@@ -86,9 +81,9 @@ class LinearAdapter(MatrixAdapter):
         return plain and base_class(module).forward is nn.Linear.forward  # type: ignore[attr-defined]
 
     @classmethod
-    def factors(cls, module: nn.Module, config: SiteConfig) -> Layout:
+    def factors(cls, config: SiteConfig, weight: tuple[int, ...]) -> Layout:
         """A (rank, in_features), B (out_features, rank)."""
-        rows, columns = cls.shape(module)
+        rows, columns = weight
         return {
             "lora_A": (config.rank, columns),
             "lora_B": (rows, config.rank),
@@ -137,9 +132,9 @@ class Conv1DAdapter(MatrixAdapter):
         return plain and base.forward is _conv1d_class(base).forward  # type: ignore[attr-defined, union-attr]
 
     @classmethod
-    def factors(cls, module: nn.Module, config: SiteConfig) -> Layout:
+    def factors(cls, config: SiteConfig, weight: tuple[int, ...]) -> Layout:
         """A (rank, out_features), B (in_features, rank)."""
-        rows, columns = cls.shape(module)
+        rows, columns = weight
         return {
             "lora_A": (config.rank, columns),
             "lora_B": (rows, config.rank),

@@ -1,0 +1,85 @@
+"""Adapters of single parameters: packed experts, attention projections, recurrent weights, any matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Layout, wide
+from ..config import SiteConfig
+from ..errors import UnsupportedError
+from ..factored import FactoredAdapter
+from ..host import base_tensor
+from ..registry import register
+
+
+@register
+class ParameterAdapter(FactoredAdapter):
+    """W + scaling * B A for one parameter W, whoever reads it: W (rows, columns), A (rank, columns), B (rows, rank).
+
+    A parameter of three axes is a stack of matrices, as packed experts are: W (E, rows, columns) has A (E, rank,
+    columns) and B (E, rows, rank), a low-rank pair per expert. It works in weight space, since such a parameter is
+    read, not called.
+    """
+
+    kind = "parameter"
+    extras = ("parameter",)
+
+    def __init__(
+        self,
+        config: SiteConfig,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        extras: Mapping[str, Any],
+    ) -> None:
+        super().__init__(config, layout, dtype, device, extras)
+        self.parameter = extras["parameter"]
+        self.updates = self.touches(extras)
+
+    @classmethod
+    def can_adapt(cls, module: nn.Module) -> bool:
+        """No module as a whole."""
+        return False
+
+    @classmethod
+    def can_adapt_parameter(cls, module: nn.Module, name: str) -> bool:
+        """Every floating-point parameter of two or three axes."""
+        tensor = base_tensor(module, name)
+        return tensor.dim() in (2, 3) and tensor.is_floating_point()
+
+    @classmethod
+    def touches(cls, extras: Mapping[str, Any]) -> tuple[str, ...]:
+        """The parameter alone."""
+        return (extras["parameter"],)
+
+    @classmethod
+    def layout(cls, module: nn.Module, config: SiteConfig, extras: Mapping[str, Any]) -> Layout:
+        """Returns the shapes of the factors.
+
+        Raises:
+            UnsupportedError: `bias=True`, since nothing says which bias belongs to the parameter.
+        """
+        if config.bias:
+            raise UnsupportedError(
+                "bias=True needs a bias that belongs to the weight, and nothing says which that is: use "
+                f"Target({extras['parameter']!r} with its path, bias=False)"
+            )
+        return super().layout(module, config, extras)
+
+    @classmethod
+    def factors(cls, config: SiteConfig, weight: tuple[int, ...]) -> Layout:
+        """A (..., rank, columns), B (..., rows, rank)."""
+        *stack, rows, columns = weight
+        return {"lora_A": (*stack, config.rank, columns), "lora_B": (*stack, rows, config.rank)}
+
+    def matrix(self) -> Tensor:
+        """Returns B A for every matrix of the stack, or the dense update."""
+        return wide(self.lora_dense) if self.is_dense else wide(self.lora_B) @ wide(self.lora_A)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the name of the parameter."""
+        return {"parameter": self.parameter}

@@ -1,0 +1,151 @@
+"""What is in an adapter file: sites, ranks, sizes, norms and the base, without a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from .adapter_file import AdapterFile, SiteRecord, read_adapter_file
+from .config import dtype_name
+from .errors import FormatError
+from .inspected import Inspection, SiteSummary
+from .safefile import read_tensors
+
+BATCH = 256 * 2**20
+"""Bytes of tensors that are held at a time."""
+
+
+def inspect_adapter(path: str | os.PathLike[str]) -> Inspection:
+    """Returns what an adapter file holds; norms are computed in float64 from the factors, B A is never formed.
+
+    Tensors that are missing or do not fit are told in the site's `problem`; the file is refused only where its header
+    or its metadata cannot be understood.
+
+    Args:
+        path: a file written by `export`.
+
+    Raises:
+        FormatError: the file cannot be read or is no adapter file.
+    """
+    file = read_adapter_file(path)
+    summaries = []
+    for group in _batches(file):
+        keys = {record.path: _keys(file, record) for record in group}
+        tensors = read_tensors(file.header, [key for own in keys.values() for key in own.values()])
+        for record in group:
+            own = {name: tensors[key] for name, key in keys[record.path].items()}
+            summaries.append(_summary(file, record, own))
+    strays = tuple(
+        sorted(set(file.header.tensors) - {key for r in file.sites.values() for key in _keys(file, r).values()})
+    )
+    return Inspection(str(path), file.name, file.version, file.header.path.stat().st_size, tuple(summaries), strays)
+
+
+def _keys(file: AdapterFile, record: SiteRecord) -> dict[str, str]:
+    """Returns the keys of a site's tensors in the file by the names of the parameters."""
+    return {name: f"{record.prefix}{name}" for name in file.entries.get(record.path, {})}
+
+
+def _batches(file: AdapterFile) -> Iterator[list[SiteRecord]]:
+    """Yields the sites in groups whose tensors take about `BATCH` bytes, as each reading parses the header again."""
+    group: list[SiteRecord] = []
+    held = 0
+    for record in file.sites.values():
+        size = sum(entry.end - entry.start for entry in file.entries.get(record.path, {}).values())
+        if group and held + size > BATCH:
+            yield group
+            group, held = [], 0
+        group.append(record)
+        held += size
+    yield group
+
+
+def _summary(file: AdapterFile, record: SiteRecord, tensors: Mapping[str, Tensor]) -> SiteSummary:
+    config = record.config
+    options = {name: getattr(config, name) for name in ("dropout", "bias", "rslora", "dense", "init", "factorization")}
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+    problem = _problem(wide, config.rank)
+    return SiteSummary(
+        path=record.path,
+        aliases=record.aliases,
+        adapter=record.kind,
+        shape=_base_shape(file, record),
+        rank=config.rank,
+        alpha=config.alpha,
+        scaling=config.scaling,
+        options=options | dict(record.extras),
+        dtype="+".join(sorted({dtype_name(tensor.dtype) for tensor in tensors.values()})),
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        norm_a=_norm(wide.get("lora_A")),
+        norm_b=_norm(wide.get("lora_B")),
+        norm_delta=None if problem else config.scaling * _update_norm(wide, config.rank),
+        base=str(record.base["hash"]),
+        problem=problem,
+    )
+
+
+def _base_shape(file: AdapterFile, record: SiteRecord) -> tuple[int, ...]:
+    shape = record.base["shape"]
+    if not isinstance(shape, list) or not all(isinstance(size, int) for size in shape):
+        raise FormatError(f"{file.header.path}: metadata: base.sites: shape of {record.path!r} is no list of sizes")
+    return tuple(shape)
+
+
+def _problem(tensors: Mapping[str, Tensor], rank: int) -> str:
+    """Says what keeps the update from being computed, or returns an empty string."""
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        return f"NaN or infinity in {', '.join(bad)}"
+    if "lora_dense" in tensors:
+        return ""
+    missing = [name for name in ("lora_A", "lora_B") if name not in tensors]
+    if missing:
+        return f"{' and '.join(missing)} missing"
+    a, b = tensors["lora_A"], tensors["lora_B"]
+    return "" if _matrices(a, b, rank) else f"A {tuple(a.shape)} and B {tuple(b.shape)} do not fit rank {rank}"
+
+
+def _norm(tensor: Tensor | None) -> float | None:
+    return None if tensor is None else float(tensor.norm())
+
+
+def _update_norm(tensors: Mapping[str, Tensor], rank: int) -> float:
+    """Returns the norm of the update before scaling; the tensors are in float64 and have no problem."""
+    if "lora_dense" in tensors:
+        return float(tensors["lora_dense"].norm())
+    matrices = _matrices(tensors["lora_A"], tensors["lora_B"], rank)
+    assert matrices is not None
+    return product_norm(*matrices)
+
+
+def _matrices(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """Returns A as (..., rank, columns) and B as (..., rows, rank), or None where the shapes do not allow it.
+
+    A's first axis and B's second are the rank; kernel axes of convolutions follow either. Packed experts have one
+    more axis in front of both. The last axis of B tells them apart: for a 1-d convolution it is 1.
+    """
+    if min(a.dim(), b.dim()) < 2:
+        return None
+    if a.dim() == b.dim() == 3 and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2] == rank:
+        return a, b
+    if a.shape[0] != rank or b.shape[1] != rank:
+        return None
+    return a.reshape(rank, -1), b.movedim(1, -1).reshape(-1, rank)
+
+
+def product_norm(a: Tensor, b: Tensor) -> float:
+    """Returns the Frobenius norm of B A from the triangular factors of B and of A^T, without forming the product.
+
+    With B = Q R and A^T = P S it is that of R S^T, which is at most (rank, rank). The Gram matrices B^T B and A A^T
+    would give it too, but square the factors' condition: where B A nearly cancels, half of the digits are lost.
+
+    Args:
+        a: A, (..., rank, columns), in float64.
+        b: B, (..., rows, rank), in float64, with the same leading axes, which count as further rows.
+    """
+    left = torch.linalg.qr(b, mode="r").R
+    right = torch.linalg.qr(a.mT, mode="r").R
+    return float((left @ right.mT).norm())
