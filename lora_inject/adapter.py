@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,9 @@ from .config import SiteConfig
 
 Layout = dict[str, tuple[int, ...]]
 """Names and shapes of an adapter's parameters."""
+
+Rows = Callable[[slice], Tensor]
+"""Gives the rows of an update that a slice selects, in float32 or wider."""
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -35,8 +38,6 @@ class Adapter(nn.Module, abc.ABC):
     """The host's parameters that `delta` may update, the weight first."""
     parameter: str | None = None
     """The one parameter that the adapter serves, where its site is a parameter instead of a module."""
-    views: ClassVar[tuple[tuple[str, property], ...]] = ()
-    """Further properties that the host's class needs, for attributes that the base keeps beside its parameters."""
     extras: ClassVar[tuple[str, ...]] = ()
     """Options of this class alone that a Target may carry."""
     on_request: ClassVar[bool] = False
@@ -44,6 +45,11 @@ class Adapter(nn.Module, abc.ABC):
     mergeable: ClassVar[bool] = True
     """Whether the update can be written into the host's parameters."""
 
+    row_axes: int = 1
+    """How many leading axes of the weight count as its rows when it is merged block by block (lora_inject.blocks)."""
+
+    config: SiteConfig
+    scaling: float
     enabled = True
     """Switched on and off by `activate`."""
     muted = 0
@@ -62,8 +68,8 @@ class Adapter(nn.Module, abc.ABC):
         extras: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        self.config = config
-        self.scaling = config.scaling
+        # nn.Module's own __setattr__ looks every value over for parameters; these are none, and sites are many.
+        self.__dict__.update(config=config, scaling=config.scaling)
         for name, shape in layout.items():
             self._parameters[name] = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
 
@@ -116,6 +122,11 @@ class Adapter(nn.Module, abc.ABC):
         return ()
 
     @classmethod
+    def members(cls, base: type) -> dict[str, Any]:
+        """Returns further members that the class of a host needs, to keep what its base derives from its children."""
+        return {}
+
+    @classmethod
     def settle(cls, module: nn.Module) -> None:
         """Brings what the base keeps beside its parameters up to date, once the last adapter is gone."""
 
@@ -129,6 +140,14 @@ class Adapter(nn.Module, abc.ABC):
         """Returns the host's output without adapters, from the untouched entries of `host._parameters`."""
         raise NotImplementedError
 
+    @classmethod
+    def host_forward(cls, host: Any, live: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """Returns the host's output with the update of every live adapter added, one after the other."""
+        output = cls.base_forward(host, *args, **kwargs)
+        for adapter in live:
+            output = adapter.update(host, output, *args, **kwargs)
+        return output
+
     def update(self, host: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns the output with this adapter's low-rank path added; args are those of the host's forward."""
         raise NotImplementedError
@@ -136,6 +155,21 @@ class Adapter(nn.Module, abc.ABC):
     @abc.abstractmethod
     def delta(self, host: Any) -> dict[str, Tensor]:
         """Returns the update of each of the host's parameters, in its shape, scale included, float32 or wider."""
+
+    def delta_names(self, host: Any) -> tuple[str, ...]:
+        """Returns the keys of `delta`."""
+        return tuple(self.delta(host))
+
+    def delta_rows(self, host: Any, name: str) -> Rows:
+        """Returns what gives the rows of one update; as is, they are taken from `delta`, held as a whole."""
+        update = self.delta(host)[name]
+        flat = update.flatten(0, self.row_axes - 1)
+        return lambda rows: flat[rows]
+
+    @classmethod
+    def needs_host(cls, config: SiteConfig) -> bool:
+        """Says whether `layout` and `delta` read more of the host than the shapes of its parameters."""
+        return True
 
     def reading(self, host: Any, name: str) -> Tensor | None:
         """Returns the update that a reader of one parameter gets, or None; may differ from `delta` by dropout."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -122,6 +123,12 @@ class SiteConfig:
         """Alpha / rank, or alpha / sqrt(rank) with `rslora`."""
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@functools.lru_cache(maxsize=1024)
+def derive(config: SiteConfig, overrides: tuple[tuple[str, Any], ...]) -> SiteConfig:
+    """Returns the options with some replaced; equal requests share one value, since sites come by the thousand."""
+    return replace(config, **dict(overrides))
 
 
 SITE_OPTIONS = tuple(entry.name for entry in fields(SiteConfig))

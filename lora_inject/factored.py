@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import Adapter, Layout, wide
+from .adapter import Adapter, Layout, Rows, wide
 from .config import SiteConfig
 from .host import base_tensor
+
+ALL = slice(None)
 
 
 class FactoredAdapter(Adapter, abc.ABC):
@@ -52,16 +54,16 @@ class FactoredAdapter(Adapter, abc.ABC):
             shapes = {"lora_dense": weight} | ({last: shapes[last]} if config.bias else {})
         return shapes
 
-    def matrix(self) -> Tensor:
-        """Returns B A as (rows, columns), or the dense update, in float32 or wider."""
+    def matrix(self, rows: slice = ALL) -> Tensor:
+        """Returns B A as (rows, columns), or the dense update, in float32 or wider; of the given rows only."""
         if self.is_dense:
-            return wide(self.lora_dense)
-        a, b = wide(self.lora_A), wide(self.lora_B)
+            return wide(self.lora_dense[rows])
+        a, b = wide(self.lora_A), wide(self.lora_B[rows])
         return b.reshape(-1, a.shape[0]) @ a.reshape(a.shape[0], -1)
 
-    def unfold(self, host: Any, matrix: Tensor) -> Tensor:
-        """Returns the product, or the dense update, in the shape of the weight."""
-        return matrix.reshape(base_tensor(host, self.updates[0]).shape)
+    def unfold(self, host: Any, matrix: Tensor, rows: slice = ALL) -> Tensor:
+        """Returns the product, or the dense update, in the shape of the weight, or of the given rows of it."""
+        return matrix.reshape(matrix.shape[0], *base_tensor(host, self.updates[0]).shape[1:])
 
     def bias_delta(self, host: Any) -> Tensor | None:
         """Returns the update of the host's bias before scaling, or None without `bias=True`."""
@@ -74,11 +76,25 @@ class FactoredAdapter(Adapter, abc.ABC):
 
     def delta(self, host: Any) -> dict[str, Tensor]:
         """Returns {"weight": scaling * B A} and, with `bias=True`, the update of "bias"."""
-        # Under autocast the product would be rounded to half precision before it is added.
-        with torch.autocast(next(self.parameters()).device.type, enabled=False):
-            found = {self.updates[0]: self.unfold(host, self.matrix()) * self.scaling}
-            bias = self.bias_delta(host)
-            return found if bias is None else found | {self.updates[1]: bias * self.scaling}
+        return {name: self.delta_rows(host, name)(ALL) for name in self.delta_names(host)}
+
+    def delta_names(self, host: Any) -> tuple[str, ...]:
+        """Returns the weight's name and, with `bias=True` where the host can have one, the bias's."""
+        return self.updates if self.config.bias else self.updates[:1]
+
+    def delta_rows(self, host: Any, name: str) -> Rows:
+        """Returns what gives the rows of one update from the rows of B alone."""
+
+        def give(rows: slice) -> Tensor:
+            # Under autocast the product would be rounded to half precision before it is added.
+            with torch.autocast(next(self.parameters()).device.type, enabled=False):
+                if name == self.updates[0]:
+                    return self.unfold(host, self.matrix(rows), rows) * self.scaling
+                bias = self.bias_delta(host)
+                assert bias is not None
+                return bias[rows] * self.scaling
+
+        return give
 
     def reading(self, host: Any, name: str) -> Tensor | None:
         """Returns the update of one parameter; while training with dropout, with whole columns of A dropped."""

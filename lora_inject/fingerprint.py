@@ -46,7 +46,15 @@ def _everything(block: Any) -> list[Tensor]:
 
 def _sample(tensor: Tensor) -> bytes:
     flat = tensor.detach().reshape(-1)
-    last = flat.numel() - 1
-    index = torch.arange(min(SAMPLE, last + 1), device=flat.device)
-    picked = flat[index * last // max(1, len(index) - 1)]
+    return sample_bytes(flat[sample_index(flat.numel()).to(flat.device)])
+
+
+def sample_index(size: int) -> Tensor:
+    """Returns which elements of a flat weight of that size are hashed, int64."""
+    index = torch.arange(min(SAMPLE, size))
+    return index * (size - 1) // max(1, len(index) - 1)
+
+
+def sample_bytes(picked: Tensor) -> bytes:
+    """Returns what is hashed of the picked elements: their bytes in bfloat16."""
     return bytes(picked.to(torch.bfloat16).cpu().view(torch.uint8).tolist())

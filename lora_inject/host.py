@@ -64,11 +64,12 @@ class Host:
 
     is_lora_host = True
     adapters: Adapters
-    host_type: type
-    base: type
-    names: tuple[str, ...]
-    family: Any
-    source: type[Adapter] | None
+    # Prefixed, because a class attribute hides a parameter or child of that name from its own module.
+    lora_type: type
+    lora_base: type
+    lora_names: tuple[str, ...]
+    lora_family: Any
+    lora_source: type[Adapter] | None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = super().__reduce_ex__(protocol)
@@ -79,9 +80,9 @@ class Host:
             )
         return (_revive, recipe_of(self), *made[2:])
 
-    def _live(self) -> list[Any]:
+    def _lora_live(self) -> list[Any]:
         """Returns the adapters that act beside the parameters now."""
-        return [adapter for adapter in self.adapters.values() if adapter.live]
+        return [adapter for adapter in self._modules[INNER]._modules.values() if adapter.live]  # type: ignore[attr-defined]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         merged = [name for name in self.adapters.kept if prefix + name in state_dict]
@@ -98,10 +99,7 @@ class OutputHost(Host):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the base's output with the update of every live adapter added."""
-        output = self.family.base_forward(self, *args, **kwargs)
-        for adapter in self._live():
-            output = adapter.update(self, output, *args, **kwargs)
-        return output
+        return self.lora_family.host_forward(self, self._lora_live(), *args, **kwargs)
 
 
 def base_tensor(module: nn.Module, name: str) -> Any:
@@ -111,7 +109,7 @@ def base_tensor(module: nn.Module, name: str) -> Any:
     if name in module.__dict__:
         return module.__dict__[name]
     if isinstance(module, Host):
-        return getattr(super(module.host_type, module), name, None)
+        return getattr(super(module.lora_type, module), name, None)
     return getattr(module, name, None)
 
 
@@ -119,7 +117,7 @@ def effective(host: Any, name: str) -> Any:
     """Returns W + delta over the live adapters, rounded once to W's dtype; W itself where there are none."""
     base = base_tensor(host, name)
     total: Any = None
-    for adapter in host._live():
+    for adapter in host._lora_live():
         update = adapter.reading(host, name)
         if update is not None:
             update = update * adapter.factor
@@ -127,7 +125,7 @@ def effective(host: Any, name: str) -> Any:
     if total is None:
         return base
     if base is None:
-        return total.to(base_tensor(host, host.names[0]).dtype)
+        return total.to(base_tensor(host, host.lora_names[0]).dtype)
     return (wide(base) + total).to(base.dtype)
 
 
@@ -155,17 +153,17 @@ def host_class(
         base: the class that the module has now.
         names: the adapted parameters, which become properties.
         family: the adapter class that knows the base's forward, or None where that runs itself.
-        source: the adapter class that brings further properties, or None.
+        source: the adapter class that brings further members, or None.
     """
     key = (base, names, family, source)
     made = _host_classes.get(key)
     if made is None:
         body: dict[str, Any] = {name: _view(name) for name in names}
-        body |= {} if source is None else dict(source.views)
+        body |= {} if source is None else source.members(base)
         body |= {"__module__": base.__module__, "__doc__": base.__doc__}
-        body |= {"base": base, "names": names, "family": family, "source": source}
+        body |= {"lora_base": base, "lora_names": names, "lora_family": family, "lora_source": source}
         made = type(f"Adapted{base.__name__}", (Host if family is None else OutputHost, base), body)
-        made.host_type = made  # type: ignore[attr-defined]
+        made.lora_type = made  # type: ignore[attr-defined]
         _host_classes[key] = made
     return made
 
@@ -177,12 +175,12 @@ def is_host(module: object) -> bool:
 
 def base_class(module: object) -> type:
     """Returns the class that the module has without adapters."""
-    return module.base if isinstance(module, Host) else type(module)
+    return module.lora_base if isinstance(module, Host) else type(module)
 
 
 def recipe_of(host: Host) -> tuple[Any, ...]:
     """Returns what `host_class` needs to make the class of this host again."""
-    return host.base, host.names, host.family, host.source
+    return host.lora_base, host.lora_names, host.lora_family, host.lora_source
 
 
 def _revive(*recipe: Any) -> Any:
@@ -192,7 +190,7 @@ def _revive(*recipe: Any) -> Any:
 
 def is_outermost(host: Host) -> bool:
     """Says whether the class is the one that `attach` gave: nothing else was swapped in on top of it."""
-    return type(host) is host.host_type
+    return type(host) is host.lora_type
 
 
 def family_for(adapter_class: type[Adapter], module: nn.Module) -> type[Adapter] | None:
@@ -208,10 +206,13 @@ def family_for(adapter_class: type[Adapter], module: nn.Module) -> type[Adapter]
 def class_for(module: nn.Module, adapter: Adapter) -> type:
     """Returns the host class that the module has with this adapter added."""
     if isinstance(module, Host):
-        names = tuple(dict.fromkeys((*module.names, *adapter.updates)))
-        return type(module) if names == module.names else host_class(module.base, names, module.family, module.source)
+        names = tuple(dict.fromkeys((*module.lora_names, *adapter.updates)))
+        known = module.lora_base, names, module.lora_family, module.lora_source
+        return type(module) if names == module.lora_names else host_class(*known)
     kind = type(adapter)
-    return host_class(type(module), adapter.updates, family_for(kind, module), kind if kind.views else None)
+    return host_class(
+        type(module), adapter.updates, family_for(kind, module), kind if kind.members(type(module)) else None
+    )
 
 
 def attach(module: nn.Module, name: str, adapter: Adapter) -> None:

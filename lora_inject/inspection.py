@@ -67,7 +67,7 @@ def _summary(file: AdapterFile, record: SiteRecord, tensors: Mapping[str, Tensor
     config = record.config
     options = {name: getattr(config, name) for name in ("dropout", "bias", "rslora", "dense", "init", "factorization")}
     wide = {name: tensor.double() for name, tensor in tensors.items()}
-    problem = _problem(wide, config.rank)
+    problem = _problem(record, wide)
     return SiteSummary(
         path=record.path,
         aliases=record.aliases,
@@ -81,7 +81,7 @@ def _summary(file: AdapterFile, record: SiteRecord, tensors: Mapping[str, Tensor
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         norm_a=_norm(wide.get("lora_A")),
         norm_b=_norm(wide.get("lora_B")),
-        norm_delta=None if problem else config.scaling * _update_norm(wide, config.rank),
+        norm_delta=None if problem else config.scaling * _update_norm(record, wide),
         base=str(record.base["hash"]),
         problem=problem,
     )
@@ -94,7 +94,7 @@ def _base_shape(file: AdapterFile, record: SiteRecord) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _problem(tensors: Mapping[str, Tensor], rank: int) -> str:
+def _problem(record: SiteRecord, tensors: Mapping[str, Tensor]) -> str:
     """Says what keeps the update from being computed, or returns an empty string."""
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
@@ -105,35 +105,38 @@ def _problem(tensors: Mapping[str, Tensor], rank: int) -> str:
     if missing:
         return f"{' and '.join(missing)} missing"
     a, b = tensors["lora_A"], tensors["lora_B"]
-    return "" if _matrices(a, b, rank) else f"A {tuple(a.shape)} and B {tuple(b.shape)} do not fit rank {rank}"
+    if _matrices(record, a, b) is None:
+        return f"A {tuple(a.shape)} and B {tuple(b.shape)} do not fit rank {record.config.rank}"
+    return ""
 
 
 def _norm(tensor: Tensor | None) -> float | None:
     return None if tensor is None else float(tensor.norm())
 
 
-def _update_norm(tensors: Mapping[str, Tensor], rank: int) -> float:
+def _update_norm(record: SiteRecord, tensors: Mapping[str, Tensor]) -> float:
     """Returns the norm of the update before scaling; the tensors are in float64 and have no problem."""
     if "lora_dense" in tensors:
         return float(tensors["lora_dense"].norm())
-    matrices = _matrices(tensors["lora_A"], tensors["lora_B"], rank)
+    matrices = _matrices(record, tensors["lora_A"], tensors["lora_B"])
     assert matrices is not None
     return product_norm(*matrices)
 
 
-def _matrices(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+def _matrices(record: SiteRecord, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
     """Returns A as (..., rank, columns) and B as (..., rows, rank), or None where the shapes do not allow it.
 
-    A's first axis and B's second are the rank; kernel axes of convolutions follow either. Packed experts have one
-    more axis in front of both. The last axis of B tells them apart: for a 1-d convolution it is 1.
+    At the site of a parameter they are stored like that, with one leading axis for packed experts. At the site of a
+    module A's first axis and B's second are the rank, and the kernel axes of convolutions follow either.
     """
+    rank = record.config.rank
     if min(a.dim(), b.dim()) < 2:
         return None
-    if a.dim() == b.dim() == 3 and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2] == rank:
-        return a, b
-    if a.shape[0] != rank or b.shape[1] != rank:
-        return None
-    return a.reshape(rank, -1), b.movedim(1, -1).reshape(-1, rank)
+    if "parameter" not in record.extras:
+        fits = a.shape[0] == b.shape[1] == rank
+        return (a.reshape(rank, -1), b.movedim(1, -1).reshape(-1, rank)) if fits else None
+    fits = a.shape[-2] == b.shape[-1] == rank and a.shape[:-2] == b.shape[:-2]
+    return (a, b) if fits else None
 
 
 def product_norm(a: Tensor, b: Tensor) -> float:

@@ -39,19 +39,17 @@ class MergeReport:
 
     def __str__(self) -> str:
         headers = ("parameter", "adapters", "|dW|/|W|", "survives", "largest error", "note")
-        rows = [
-            (row.path, "+".join(row.adapters), row.relative, percent(row.survives), row.error, _note(row))
-            for row in self.rows
-        ]
-        return table(headers, rows)
+        return table(headers, [_cells(row) for row in self.rows])
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as values that JSON can hold."""
         return {"parameters": [asdict(row) for row in self.rows]}
 
 
-def _note(row: Merged) -> str:
-    return "untied" if row.untied else "created" if row.created else ""
+def _cells(row: Merged) -> tuple[object, ...]:
+    relative = "-" if row.relative is None else row.relative
+    note = "untied" if row.untied else "created" if row.created else ""
+    return (row.path, "+".join(row.adapters), relative, percent(row.survives), row.error, note)
 
 
 def merge(model: nn.Module, *names: str) -> MergeReport:
@@ -68,9 +66,9 @@ def merge(model: nn.Module, *names: str) -> MergeReport:
         A row per parameter: size of the update, how much of it the stored dtype keeps, what was untied.
 
     Raises:
-        StateError: merged already, switched off, disabled or scaled by an open context, unknown, or a sum that is not
-            finite in the weight's dtype. Nothing is changed then.
-        UnsupportedError: an adapter of a whole block, or a parameter that is computed.
+        StateError: merged already, switched off, disabled or scaled by an open context, unknown, of a whole block
+            (which has no weight), or a sum that is not finite in the weight's dtype. Nothing is changed then.
+        UnsupportedError: a parameter that is computed, so that nothing can be written into it.
     """
     wanted = pick(model, names)
     refs = [ref for ref in adapters(model) if ref.name in wanted]

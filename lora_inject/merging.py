@@ -23,7 +23,7 @@ class Merged:
     Attributes:
         path: dotted path of the parameter.
         adapters: names of the adapters that it holds now.
-        relative: Frobenius norm of the update over that of the weight.
+        relative: Frobenius norm of the update over that of the weight; None where the host had no such parameter.
         survives: share of the update's energy that is left after rounding to the stored dtype, at most 1.
         error: largest distance of an element from the unrounded sum.
         untied: whether the parameter was shared and got memory of its own.
@@ -32,7 +32,7 @@ class Merged:
 
     path: str
     adapters: tuple[str, ...]
-    relative: float
+    relative: float | None
     survives: float
     error: float
     untied: bool
@@ -69,7 +69,7 @@ def merge_host(host: Any, path: str, names: Sequence[str], shared: set[tuple[int
                 f"{where} is computed from other parameters (weight_norm, parametrize), so nothing can be merged into "
                 "it: remove the parametrization first, or keep the adapter unmerged"
             )
-        dtype = base_tensor(host, host.names[0]).dtype
+        dtype = base_tensor(host, host.lora_names[0]).dtype
         value = (total if original is None else wide(original) + total).to(dtype)
         _check_finite(where, value, original)
         rows.append(_row(where, names, value, original, total, (id(host), key) in shared))
@@ -102,7 +102,7 @@ def _row(
     return Merged(
         path=where,
         adapters=tuple(names),
-        relative=energy**0.5 / norm if norm else float("inf"),
+        relative=energy**0.5 / norm if norm else None,
         survives=1 - float(miss.double().square().sum()) / energy if energy else 1.0,
         error=float(miss.abs().max()) if miss.numel() else 0.0,
         untied=shared and original is not None,
@@ -118,7 +118,7 @@ def _write(host: Any, key: str, value: Tensor, untie: bool, undo: Undo) -> None:
         return
     undo(partial(_put_back, host, key, current))
     if current is None or untie:
-        trains = host._parameters[host.names[0]].requires_grad if current is None else current.requires_grad
+        trains = host._parameters[host.lora_names[0]].requires_grad if current is None else current.requires_grad
         kept[key] = current
         host._parameters[key] = nn.Parameter(value, requires_grad=trains)
     else:

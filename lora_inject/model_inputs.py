@@ -30,14 +30,28 @@ def example_inputs(model: Any) -> Inputs:
     problem = f"its main input {model.main_input_name!r} is none that can be made from a config"
     for inputs in _candidates(model):
         try:
-            with torch.no_grad():
-                model(**inputs)
-        except Exception as error:
-            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
-            problem = f"its forward fails on {shapes}: {type(error).__name__}: {error}"
+            check_inputs(model, inputs)
+        except UnsupportedError as error:
+            problem = str(error)
         else:
             return inputs
-    raise UnsupportedError(f"no inputs found for {type(model).__name__}: {problem}. Give tensors of your own")
+    raise UnsupportedError(
+        f"no inputs found for {type(model).__name__}: {problem}. Give tensors of your own (command line: --inputs)"
+    )
+
+
+def check_inputs(model: Any, inputs: Mapping[str, Tensor]) -> None:
+    """Runs the model once on keyword inputs.
+
+    Raises:
+        UnsupportedError: its forward fails; names the inputs, their shapes and the reason.
+    """
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except Exception as error:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
+        raise UnsupportedError(f"its forward fails on {shapes}: {type(error).__name__}: {error}") from error
 
 
 def _candidates(model: Any) -> Iterator[Inputs]:
@@ -55,12 +69,21 @@ def _candidates(model: Any) -> Iterator[Inputs]:
 
 
 def _tokens(model: Any, generator: torch.Generator) -> list[Tensor]:
-    """Two rows of up to 8 tokens, none of them with a meaning of its own, where the vocabulary allows."""
+    """One row of plain tokens with the end token last, which some heads look for: 32 of them, or 4."""
     config = model.config.get_text_config()
-    special = {value for name, value in config.to_dict().items() if name.endswith("_token_id")}
-    plain = [token for token in range(config.vocab_size) if token not in special] or list(range(config.vocab_size))
-    length = min(8, getattr(config, "max_position_embeddings", None) or 8)
-    return [torch.tensor(plain)[torch.randint(len(plain), (2, length), generator=generator)]]
+    special = {token for name, value in config.to_dict().items() if name.endswith("_token_id") for token in _ids(value)}
+    vocabulary = range(config.vocab_size)
+    plain = torch.tensor([token for token in vocabulary if token not in special] or list(vocabulary))
+    longest = min(32, getattr(config, "max_position_embeddings", None) or 32)
+    row = plain[torch.randint(len(plain), (1, longest), generator=generator)]
+    for end in _ids(getattr(config, "eos_token_id", None))[:1]:
+        row[:, -1] = end if end in vocabulary else row[:, -1]
+    return [row, row[:, -4:]]
+
+
+def _ids(value: Any) -> list[int]:
+    """Returns the ids that a setting holds: one, several or none."""
+    return [token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)]
 
 
 def _images(model: Any, generator: torch.Generator) -> list[Tensor]:
@@ -68,7 +91,7 @@ def _images(model: Any, generator: torch.Generator) -> list[Tensor]:
     size = _setting(model, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     shape = (_setting(model, "num_channels", 3), height, width)
-    still = torch.randn(2, *shape, generator=generator)
+    still = torch.randn(1, *shape, generator=generator)
     clip = torch.randn(1, _setting(model, "num_frames", 8), *shape, generator=generator)
     return [_cast(model, pixels) for pixels in (still, clip)]
 

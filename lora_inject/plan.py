@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from .config import Injection, dtype_name
+from .config import Injection, derive, dtype_name
 from .errors import LoraInjectError, TargetError, UnsupportedError, listing
 from .host import base_class
 from .recipe import Recipe
@@ -189,7 +189,7 @@ def _site(candidate: Candidate, targets: Sequence[Target], injection: Injection)
     if candidate.parameter is not None:
         extras["parameter"] = candidate.parameter
     assert candidate.adapter_class is not None
-    config = replace(injection.site, **options)
+    config = derive(injection.site, tuple(options.items()))
     return make_site(candidate.node, candidate.adapter_class, config, injection.name, extras)
 
 

@@ -10,15 +10,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .config import Injection
+from .config import SITE_OPTIONS, Injection
 from .errors import RecipeError, did_you_mean, listing, nearest
 from .recipe import Recipe
 from .recipe_schema import Location, RecipeKeys, TargetKeys, unknown_keys
 from .recipe_yaml import Document, Place, YamlProblem, parse
 from .targets import Target
 
-LIMIT = 64 * 1024
-"""Bytes that a recipe may have: PyYAML takes about a second for so many, and a recipe has a few hundred."""
+LIMIT = 32 * 1024
+"""Bytes that a recipe may have: PyYAML takes half a second for so many, and a recipe has a few hundred."""
 
 SHOWN = 12
 """Problems of one file that are reported at most."""
@@ -70,9 +70,11 @@ def _find(path_or_preset: object) -> Path:
 
 def _text(source: Path) -> str:
     """Returns the text of a file after a look at its kind and size."""
-    if not source.is_file():
-        raise RecipeError(f"{source}: {'not a file' if source.exists() else 'no such file'}: give the path of a recipe")
     try:
+        # Opening what is no regular file, a pipe say, could wait for ever.
+        if not source.is_file():
+            what = "not a file" if source.exists() else "no such file"
+            raise RecipeError(f"{source}: {what}: give the path of a recipe, or the name of a preset")
         with source.open("rb") as file:
             data = file.read(LIMIT + 1)
     except OSError as error:
@@ -119,8 +121,8 @@ def _problem(document: Document, item: Any) -> tuple[Place, str]:
     description = model.model_fields[key].description
     if item["type"] == "missing":
         return document.place(location), f"key {key!r} is missing. {description}"
-    if item["type"] == "value_error":
-        return document.place(location), f"{key}: {item['ctx']['error']}"
+    if item["type"] == "value_error" and key not in SITE_OPTIONS:
+        return document.place(location), str(item["ctx"]["error"])
     return document.place(location), f"{key}: {_show(item['input'])} will not do. {description}"
 
 
@@ -135,7 +137,7 @@ def _show(value: Any) -> str:
     """Returns a value as YAML would spell it, shortened."""
     if isinstance(value, (list, dict)):
         return f"{'an empty' if not value else 'a'} {'list' if isinstance(value, list) else 'mapping'}"
-    shown = json.dumps(value, ensure_ascii=False)
+    shown = json.dumps(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 

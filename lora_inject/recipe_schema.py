@@ -7,11 +7,33 @@ import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from .config import DTYPES, FACTORIZATIONS, INITS, SITE_OPTIONS, as_dtype, check_name, check_option
+from .errors import ConfigError
 from .registry import by_kind
 from .targets import matcher
+
+
+def _passing(check: Callable[[Any], object]) -> AfterValidator:
+    """Keeps a value that the check lets through."""
+
+    def keep(value: Any) -> Any:
+        check(value)
+        return value
+
+    return AfterValidator(keep)
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_mapping(value: Any) -> Any:
+    return {"pattern": value} if isinstance(value, str) else value
+
+
+_Pattern = Annotated[str, _passing(matcher)]
 
 
 def _key(description: str, **constraints: Any) -> Any:
@@ -56,30 +78,16 @@ class TargetKeys(SiteKeys):
     # What an adapter class takes beside these is not known here: `unknown_keys` asks the class.
     model_config = ConfigDict(extra="allow", json_schema_extra=_target_schema)
 
-    pattern: str = Field(
+    pattern: _Pattern = Field(
         description="Glob over the whole dotted path, or a regular expression after re:, as text in quotes."
     )
     # No null: a target that resets alpha or dtype would look like one that leaves them to the recipe.
     alpha: float = _key("Numerator of the scaling alpha / rank: a number above 0.", gt=0)
     dtype: str = _choice("Dtype of A and B", tuple(DTYPES))
     type: str = _key("Select only modules of this class: the name of a class or base class, as in Linear.")
-    adapter: str = _key("Serve the sites by this adapter class, as in block; it may take further keys.")
-
-    _pattern = field_validator("pattern")(lambda pattern: _checked(matcher, pattern))
-    _adapter = field_validator("adapter")(lambda kind: _checked(by_kind, kind))
-
-
-def _checked(check: Callable[[Any], object], value: Any) -> Any:
-    check(value)
-    return value
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _as_mapping(value: Any) -> Any:
-    return {"pattern": value} if isinstance(value, str) else value
+    adapter: Annotated[str, _passing(by_kind)] = _key(
+        "Serve the sites by this adapter class, as in block; it may take further keys."
+    )
 
 
 _Target = Annotated[TargetKeys, BeforeValidator(_as_mapping, json_schema_input_type=str | TargetKeys)]
@@ -88,12 +96,16 @@ _Target = Annotated[TargetKeys, BeforeValidator(_as_mapping, json_schema_input_t
 class RecipeKeys(SiteKeys):
     """A recipe for lora_inject: what one injection selects, and how."""
 
-    name: str = _key("Name of the adapters: letters, digits, _ and -.", pattern="^[A-Za-z0-9_-]+$")
+    name: Annotated[str, _passing(check_name)] = _key(
+        "Name of the adapters: letters, digits, _ and -.", pattern="^[A-Za-z0-9_-]+$"
+    )
     description: str = _key("What the recipe is for: text.")
     targets: Annotated[
         list[_Target], BeforeValidator(_as_list, json_schema_input_type=str | list[_Target]), Field(min_length=1)
-    ] = Field(description="Patterns, each as text or as a mapping with the key pattern and overrides: at least one.")
-    exclude: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] = _key(
+    ] = Field(
+        description="Patterns, each as text in quotes or as a mapping with the key pattern and overrides: at least one."
+    )
+    exclude: Annotated[list[_Pattern], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] = _key(
         "Patterns of paths to leave out, as text in quotes."
     )
     alpha: float | None = _key(
@@ -102,9 +114,6 @@ class RecipeKeys(SiteKeys):
     dtype: str | None = _choice("Dtype of A and B, null for what suits the base", tuple(DTYPES), None)
     freeze: bool = _key("Stop everything but adapters from training: true or false.")
     seed: int | None = _key("Draws A reproducibly: a whole number from 0 to below 2^63, or null.", ge=0, lt=2**63)
-
-    _name = field_validator("name")(lambda name: _checked(check_name, name))
-    _exclude = field_validator("exclude")(lambda patterns: [_checked(matcher, pattern) for pattern in patterns])
 
 
 Location = tuple[str | int, ...]
@@ -120,17 +129,20 @@ def unknown_keys(value: Any) -> list[tuple[Location, list[str]]]:
     found: list[tuple[Location, list[str]]] = []
     for index, target in enumerate(targets if isinstance(targets, list) else ()):
         if isinstance(target, dict):
-            known = [*TargetKeys.model_fields, *_extras(target.get("adapter"))]
+            known = _known(target)
             found += [(("targets", index, key), known) for key in target if key not in known]
     return found
 
 
-def _extras(kind: Any) -> tuple[str, ...]:
-    """Returns the options that only this adapter class takes; a kind that is not registered is reported elsewhere."""
+def _known(target: dict[str, Any]) -> list[str]:
+    """Returns the keys that a target may have; all that it has where its adapter class, itself wrong, cannot say."""
+    keys = list(TargetKeys.model_fields)
+    if "adapter" not in target:
+        return keys
     try:
-        return by_kind(kind).extras
-    except ValueError:
-        return ()
+        return [*keys, *by_kind(target["adapter"]).extras]
+    except ConfigError:
+        return list(target)
 
 
 def json_schema() -> str:

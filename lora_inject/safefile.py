@@ -19,7 +19,10 @@ from torch import Tensor
 from .errors import FormatError
 
 HEADER_LIMIT = 32 * 2**20
-"""Largest header in bytes that is parsed."""
+"""Largest header of an adapter file in bytes that is parsed."""
+
+BASE_HEADER_LIMIT = 100_000_000
+"""Largest header in bytes that the safetensors library reads or writes."""
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -34,6 +37,12 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
 }
 
 
@@ -54,6 +63,8 @@ class Header:
     path: Path
     tensors: Mapping[str, Entry]
     metadata: Mapping[str, str]
+    data: int
+    """Where the first tensor's bytes begin in the file: behind the header."""
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
@@ -82,8 +93,12 @@ def parse_json(text: str | bytes, where: str) -> Any:
         raise FormatError(f"{where}: not valid JSON: {error}") from None
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
+def read_header(path: str | os.PathLike[str], limit: int = HEADER_LIMIT) -> Header:
     """Returns the checked header of a safetensors file; no tensor is read.
+
+    Args:
+        path: the file.
+        limit: how many bytes the header may have.
 
     Raises:
         FormatError: no such file, another format, a truncated file, or entries that contradict the file's size.
@@ -93,7 +108,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8 or length > HEADER_LIMIT:
+            if size < 8 or length > size - 8 or length > limit:
                 raise FormatError(
                     f"{path}: not a safetensors file, or a truncated one: its first eight bytes announce a header of "
                     f"{length} bytes, and the file has {size}"
@@ -108,7 +123,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         raise FormatError(f"{path}: __metadata__ must map strings to strings")
     tensors = {name: _entry(entry, f"{path}: tensor {name!r}") for name, entry in raw.items()}
     _check_offsets(path, tensors.values(), size - 8 - length)
-    return Header(path, tensors, metadata)
+    return Header(path, tensors, metadata, 8 + length)
 
 
 def _is_size(value: object) -> bool:

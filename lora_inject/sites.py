@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from .adapter import Adapter, Layout
-from .config import SiteConfig
+from .config import SiteConfig, derive
 from .errors import ConfigError, StateError, UnsupportedError, did_you_mean
 from .host import Host, base_class, base_tensor, family_for, is_outermost, slot
 from .tree import INNER, Node
@@ -88,7 +88,7 @@ def make_site(
     dtype, device = _check_tensors(module, names)
     if config.dtype is None:
         half = dtype.itemsize < 4
-        config = replace(config, dtype=torch.float32 if half else dtype)
+        config = derive(config, (("dtype", torch.float32 if half else dtype),))
     return Site(
         path=join(node.path, parameter),
         aliases=tuple(join(path, parameter) for path in node.paths[1:]),
@@ -136,12 +136,12 @@ def _check_class(module: nn.Module, adapter_class: type[Adapter], names: tuple[s
         )
     if not isinstance(module, Host):
         return
-    if module.family is not None and module.family is not family:
+    if module.lora_family is not None and module.lora_family is not family:
         raise UnsupportedError(
-            f"carries adapters of kind {module.family.kind!r}, beside which {adapter_class.kind!r} cannot work: "
+            f"carries adapters of kind {module.lora_family.kind!r}, beside which {adapter_class.kind!r} cannot work: "
             "uninject those first"
         )
-    if not is_outermost(module) and not set(names) <= set(module.names):
+    if not is_outermost(module) and not set(names) <= set(module.lora_names):
         raise UnsupportedError(
             f"its class was changed to {type(module).__name__} after it got adapters: undo that first (last in, "
             "first out)"

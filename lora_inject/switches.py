@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
@@ -19,17 +19,24 @@ from .refs import adapters, pick
 from .tree import tied, walk
 
 
-@contextmanager
-def disabled(model: nn.Module, *names: str) -> Iterator[None]:
-    """Runs the block without the adapters of these names (all where none is given).
+def disabled(model: nn.Module, *names: str) -> AbstractContextManager[None]:
+    """Returns a context that runs its block without the adapters of these names.
 
     On a merged model the base is there inside, and the merged weights are there again afterwards.
+
+    Args:
+        model: a model with adapters.
+        *names: the adapters to leave out; none means all.
 
     Raises:
         StateError: no adapter has one of the names.
     """
-    wanted = pick(model, names)
-    refs = [ref for ref in adapters(model) if ref.name in wanted]
+    return _disabled(model, pick(model, names))
+
+
+@contextmanager
+def _disabled(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
+    refs = [ref for ref in adapters(model) if ref.name in names]
     covered = {id(ref.module) for ref in refs if ref.adapter.merged}
     merged = {path: host for path, host in merged_hosts(model).items() if id(host) in covered}
     before = {path: host.adapters.merged_names() for path, host in merged.items()}
@@ -51,17 +58,25 @@ def disabled(model: nn.Module, *names: str) -> Iterator[None]:
                     merge_host(host, path, held, shared, undo)
 
 
-@contextmanager
-def scaled(model: nn.Module, factor: float, *names: str) -> Iterator[None]:
-    """Runs the block with the updates of these names (all where none is given) times a factor; nested ones multiply.
+def scaled(model: nn.Module, factor: float, *names: str) -> AbstractContextManager[None]:
+    """Returns a context that runs its block with the updates of these names times a factor; nested ones multiply.
+
+    Args:
+        model: a model with adapters, those of the names not merged.
+        factor: any finite number.
+        *names: the adapters to scale; none means all.
 
     Raises:
         ConfigError: the factor is not a finite number.
         StateError: unknown name, or a merged adapter, whose update is in the weights already.
     """
     check_option("factor", factor)
-    wanted = pick(model, names)
-    refs = [ref for ref in adapters(model) if ref.name in wanted]
+    return _scaled(model, factor, pick(model, names))
+
+
+@contextmanager
+def _scaled(model: nn.Module, factor: float, names: tuple[str, ...]) -> Iterator[None]:
+    refs = [ref for ref in adapters(model) if ref.name in names]
     for ref in refs:
         if ref.adapter.merged:
             raise StateError(f"{ref.path}: adapter {ref.name!r} is merged and cannot be scaled: unmerge(model) first")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,9 +45,10 @@ class _Walk:
 
 def _unwrap(module: nn.Module, key: str) -> tuple[nn.Module, str]:
     for name in WRAPPERS:
-        inner = module._modules.get(name)
-        if inner is not None:
+        # Not get(): TorchScript's table of children has none.
+        if name in module._modules:
             # CheckpointWrapper takes its own segment out of state-dict keys, torch.compile does not.
+            inner: Any = module._modules[name]
             return _unwrap(inner, key if name == "_checkpoint_wrapped_module" else f"{key}{name}.")
     return module, key
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .errors import StateError
+from .host import OutputHost
 from .merge import merge, unmerge
 from .refs import AdapterRef, adapters
 from .verdicts import Report, Verdict
@@ -149,15 +150,18 @@ def _watched(refs: list[AdapterRef], reached: set[int]) -> Iterator[None]:
 
         return asked
 
+    hooks = []
     for ref in refs:
-        for name in ("update", "reading"):
-            ref.adapter.__dict__[name] = note(ref.adapter, getattr(ref.adapter, name))
+        ref.adapter.__dict__["reading"] = note(ref.adapter, ref.adapter.reading)
+        if isinstance(ref.module, OutputHost):
+            hooks.append(ref.module.register_forward_hook(note(ref.adapter, lambda *call: None)))
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for ref in refs:
-            for name in ("update", "reading"):
-                del ref.adapter.__dict__[name]
+            del ref.adapter.__dict__["reading"]
 
 
 def _without(

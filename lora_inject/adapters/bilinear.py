@@ -42,6 +42,11 @@ class BilinearAdapter(FactoredAdapter):
             "lora_B_bias": (rows,),
         }
 
+    @classmethod
+    def needs_host(cls, config: SiteConfig) -> bool:
+        """False: the update is B A."""
+        return False
+
     @staticmethod
     def base_forward(host: Any, *args: Any, **kwargs: Any) -> Any:
         """x1^T W x2 + b."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..adapter import Adapter, Layout
 from ..config import SiteConfig
 from ..errors import UnsupportedError
 from ..registry import register
+from ..tree import INNER
 
 
 @register
@@ -62,10 +63,15 @@ class BlockAdapter(Adapter):
         shapes: Layout = {"lora_A": (config.rank, columns), "lora_B": (rows, config.rank)}
         return shapes | ({"lora_A_bias": (config.rank,), "lora_B_bias": (rows,)} if config.bias else {})
 
+    @classmethod
+    def members(cls, base: type) -> dict[str, Any]:
+        """For nn.Sequential, whose forward walks its children: a walk and a length without the adapters."""
+        return {"__iter__": _steps, "__len__": _count} if issubclass(base, nn.Sequential) else {}
+
     @staticmethod
     def base_forward(host: Any, *args: Any, **kwargs: Any) -> Any:
         """The block's own forward."""
-        return host.base.forward(host, *args, **kwargs)
+        return host.lora_base.forward(host, *args, **kwargs)
 
     def update(self, host: Any, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Adds scaling times the low-rank path, computed in the input's dtype."""
@@ -84,6 +90,14 @@ class BlockAdapter(Adapter):
     def delta(self, host: Any) -> dict[str, Tensor]:
         """Returns {}: no parameter of the block is updated."""
         return {}
+
+
+def _steps(host: Any) -> Iterator[nn.Module]:
+    return iter([child for name, child in host._modules.items() if name != INNER])
+
+
+def _count(host: Any) -> int:
+    return len(host._modules) - 1
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..adapter import Layout, wide
 from ..config import SiteConfig
-from ..factored import FactoredAdapter
+from ..factored import ALL, FactoredAdapter
 from ..host import base_class
 from ..registry import register
 
@@ -57,6 +57,11 @@ class ConvAdapter(FactoredAdapter):
             "lora_B_bias": (rows,),
         }
 
+    @classmethod
+    def needs_host(cls, config: SiteConfig) -> bool:
+        """False: the groups matter to the forward, not to the weight."""
+        return False
+
     @staticmethod
     def base_forward(host: Any, *args: Any, **kwargs: Any) -> Any:
         """The convolution with W and b."""
@@ -98,18 +103,18 @@ class ConvAdapter(FactoredAdapter):
         weight, bias = self.lora_B.to(inner.dtype), self.cast("lora_B_bias", inner)
         return _CONV[axes](inner, weight, bias, stride, 0, dilation, host.groups)
 
-    def matrix(self) -> Tensor:
+    def matrix(self, rows: slice = ALL) -> Tensor:
         """Returns B A in the shape of the weight, summed over the rank."""
         if self.is_dense:
-            return wide(self.lora_dense)
-        a, b = wide(self.lora_A), wide(self.lora_B)
+            return wide(self.lora_dense[rows])
+        a, b = wide(self.lora_A), wide(self.lora_B[rows])
         axes = a.dim() - 2
         split = self._split(axes)
-        rows = b.movedim(1, -1).reshape(-1, a.shape[0]) @ a.reshape(a.shape[0], -1)
+        product = b.movedim(1, -1).reshape(-1, a.shape[0]) @ a.reshape(a.shape[0], -1)
         out, columns = b.shape[0], a.shape[1]
-        return rows.reshape(out, *b.shape[2 : 2 + split], columns, *a.shape[2 + split :])
+        return product.reshape(out, *b.shape[2 : 2 + split], columns, *a.shape[2 + split :])
 
-    def unfold(self, host: Any, matrix: Tensor) -> Tensor:
+    def unfold(self, host: Any, matrix: Tensor, rows: slice = ALL) -> Tensor:
         """Moves the input channels in front of the kernel axes."""
         return matrix if self.is_dense else matrix.movedim(1 + self._split(matrix.dim() - 2), 1)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapter import Layout, wide
 from ..config import SiteConfig
 from ..errors import UnsupportedError
-from ..factored import FactoredAdapter
+from ..factored import ALL, FactoredAdapter
 from ..host import base_class
 from ..registry import register
 
@@ -91,11 +91,16 @@ class ConvTransposeAdapter(FactoredAdapter):
         rows = _CONV[mix.dim() - 2](inner, mix, last, groups=host.groups)
         return output + rows.to(output.dtype) * self.strength
 
-    def matrix(self) -> Tensor:
-        """Returns B A in the shape of the weight, or the dense update."""
+    @classmethod
+    def needs_host(cls, config: SiteConfig) -> bool:
+        """True with biases, which every group gets."""
+        return config.bias
+
+    def matrix(self, rows: slice = ALL) -> Tensor:
+        """Returns B A in the shape of the weight, or the dense update; of the given rows only."""
         if self.is_dense:
-            return wide(self.lora_dense)
-        a, b = wide(self.lora_A), wide(self.lora_B)
+            return wide(self.lora_dense[rows])
+        a, b = wide(self.lora_A), wide(self.lora_B[rows])
         product = b.movedim(1, -1).reshape(-1, a.shape[0]) @ a.reshape(a.shape[0], -1)
         return product.reshape(b.shape[0], *b.shape[2:], a.shape[1]).movedim(-1, 1)
 

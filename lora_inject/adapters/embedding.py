@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapter import Layout, wide
 from ..config import SiteConfig
 from ..errors import UnsupportedError
-from ..factored import FactoredAdapter
+from ..factored import ALL, FactoredAdapter
 from ..host import base_class
 from ..registry import register
 
@@ -64,6 +64,11 @@ class EmbeddingAdapter(FactoredAdapter):
             "lora_A_bias": (columns,),
         }
 
+    @classmethod
+    def needs_host(cls, config: SiteConfig) -> bool:
+        """True with biases, which every row but the padding row gets; without, that row of B is zero."""
+        return config.bias
+
     @staticmethod
     def base_forward(host: Any, *args: Any, **kwargs: Any) -> Any:
         """W[i]."""
@@ -93,15 +98,16 @@ class EmbeddingAdapter(FactoredAdapter):
         assert shift is not None
         return wide(inner) @ wide(self.lora_A) + wide(shift)
 
-    def unfold(self, host: Any, matrix: Tensor) -> Tensor:
+    def unfold(self, host: Any, matrix: Tensor, rows: slice = ALL) -> Tensor:
         """Returns the rows with the biases' part added and the padding row zero."""
         shift = self.row_shift()
-        rows = matrix if shift is None else matrix + shift
-        if host.padding_idx is None:
-            return rows
-        mask = rows.new_ones(rows.shape[0], 1)
-        mask[host.padding_idx] = 0
-        return rows * mask
+        matrix = matrix if shift is None else matrix + shift
+        padding = host.padding_idx
+        if padding is None or not 0 <= padding - (rows.start or 0) < matrix.shape[0]:
+            return matrix
+        mask = matrix.new_ones(matrix.shape[0], 1)
+        mask[padding - (rows.start or 0)] = 0
+        return matrix * mask
 
 
 def _lookup(host: Any, table: Any, input: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from ..adapter import Layout, wide
 from ..config import SiteConfig
 from ..factored import FactoredAdapter
+from ..fused import can_fuse, fused_linear
 from ..host import base_class
 from ..registry import register
 
 
 class MatrixAdapter(FactoredAdapter, abc.ABC):
     """A factored update of a two-dimensional weight that multiplies the last axis of the input."""
+
+    transposed: ClassVar[bool] = False
+    """Whether the weight is (in, out)."""
 
     @abc.abstractmethod
     def stages(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -26,6 +30,32 @@ class MatrixAdapter(FactoredAdapter, abc.ABC):
     @abc.abstractmethod
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """Returns the dense update as (out, in), and its bias (out)."""
+
+    @classmethod
+    def needs_host(cls, config: SiteConfig) -> bool:
+        """False: the update is B A, or its transpose's factors as they are."""
+        return False
+
+    @classmethod
+    def host_forward(cls, host: Any, live: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """Returns the output by one fused function where that computes the same, else by the parts."""
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)
+        weight, bias = host._parameters["weight"], host._parameters["bias"]
+        if not live or not can_fuse(x, weight, bias) or not all(adapter.fuses(len(live)) for adapter in live):
+            return super().host_forward(host, live, *args, **kwargs)
+        factors = [factor for adapter in live for factor in adapter.met()]
+        scales = tuple(adapter.strength for adapter in live)
+        dropout = live[0].config.dropout if live[0].training else 0.0
+        return fused_linear(x, weight, bias, scales, factors, transposed=cls.transposed, dropout=dropout)
+
+    def fuses(self, count: int) -> bool:
+        """Says whether the fused function covers this adapter's options, beside `count` - 1 others."""
+        dropped = self.config.dropout > 0 and self.training
+        return not self.config.bias and not self.is_dense and (count == 1 or not dropped)
+
+    def met(self) -> tuple[Tensor, Tensor]:
+        """Returns the stored factors in the order in which the input meets them."""
+        return (self.lora_B, self.lora_A) if self.transposed else (self.lora_A, self.lora_B)
 
     def update(self, host: Any, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Adds scaling times the low-rank path, computed in the input's dtype."""
@@ -118,6 +148,7 @@ class Conv1DAdapter(MatrixAdapter):
     """
 
     kind = "transposed_linear"
+    transposed = True
 
     @classmethod
     def can_adapt(cls, module: nn.Module) -> bool:

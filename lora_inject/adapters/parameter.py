@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapter import Layout, wide
 from ..config import SiteConfig
 from ..errors import UnsupportedError
-from ..factored import FactoredAdapter
+from ..factored import ALL, FactoredAdapter
 from ..host import base_tensor
 from ..registry import register
 
@@ -39,6 +39,7 @@ class ParameterAdapter(FactoredAdapter):
         super().__init__(config, layout, dtype, device, extras)
         self.parameter = extras["parameter"]
         self.updates = self.touches(extras)
+        self.row_axes = len(next(iter(layout.values()))) - 1
 
     @classmethod
     def can_adapt(cls, module: nn.Module) -> bool:
@@ -76,9 +77,23 @@ class ParameterAdapter(FactoredAdapter):
         *stack, rows, columns = weight
         return {"lora_A": (*stack, config.rank, columns), "lora_B": (*stack, rows, config.rank)}
 
-    def matrix(self) -> Tensor:
-        """Returns B A for every matrix of the stack, or the dense update."""
-        return wide(self.lora_dense) if self.is_dense else wide(self.lora_B) @ wide(self.lora_A)
+    @classmethod
+    def needs_host(cls, config: SiteConfig) -> bool:
+        """False: the update is B A."""
+        return False
+
+    def matrix(self, rows: slice = ALL) -> Tensor:
+        """Returns B A for every matrix of the stack, or the dense update; or the given rows of one matrix."""
+        if rows == ALL:
+            return wide(self.lora_dense) if self.is_dense else wide(self.lora_B) @ wide(self.lora_A)
+        if self.is_dense:
+            return wide(self.lora_dense.flatten(0, -2)[rows])
+        a = self.lora_A.flatten(0, -3)[rows.start // self.lora_B.shape[-2]] if self.lora_A.dim() > 2 else self.lora_A
+        return wide(self.lora_B.flatten(0, -2)[rows]) @ wide(a)
+
+    def unfold(self, host: Any, matrix: Tensor, rows: slice = ALL) -> Tensor:
+        """Returns the matrices as they are."""
+        return matrix
 
     def describe(self) -> dict[str, Any]:
         """Returns the name of the parameter."""

@@ -20,6 +20,9 @@ def _write(host: Any, value: object) -> None:
     host.__dict__["_flat_weights"] = [base_tensor(host, name) for name in host._flat_weights_names]
 
 
+_FLAT = property(_read, _write)
+
+
 @register
 class RecurrentAdapter(ParameterAdapter):
     """One adapter for each weight matrix: input-hidden, hidden-hidden and projection, per layer and direction.
@@ -28,7 +31,6 @@ class RecurrentAdapter(ParameterAdapter):
     """
 
     kind = "recurrent"
-    views = (("_flat_weights", property(_read, _write)),)
 
     @classmethod
     def can_adapt(cls, module: nn.Module) -> bool:
@@ -44,6 +46,11 @@ class RecurrentAdapter(ParameterAdapter):
     def can_adapt_parameter(cls, module: nn.Module, name: str) -> bool:
         """The weight matrices."""
         return cls.can_adapt(module) and name in cls.parts(module)
+
+    @classmethod
+    def members(cls, base: type) -> dict[str, Any]:
+        """The list of weights as a view."""
+        return {"_flat_weights": _FLAT}
 
     @classmethod
     def settle(cls, module: nn.Module) -> None:

@@ -1,0 +1,200 @@
+"""Row-block arithmetic on one tensor on its way from the base to the output."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..adapter import Rows, wide
+from ..blocks import add_rows, row_blocks, total_rows
+from ..errors import FormatError, StateError
+from .changes import Change, Target
+from .layout import Patch
+from .names import Piece
+
+RUN = 16
+"""How many blocks one thread takes at a time."""
+WRITE = 2**18
+"""Bytes of one write: the page cache of Linux takes larger ones much slower than these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What merging did to the middle block of one parameter, as an estimate for the whole.
+
+    Attributes:
+        path: dotted path of the parameter.
+        key: its first tensor in the checkpoint.
+        adapters: names of the adapters that were added.
+        relative: Frobenius norm of the update over that of the weight.
+        survives: share of the update's energy that is left after rounding, at most 1.
+        error: largest distance of an element from the unrounded sum.
+    """
+
+    path: str
+    key: str
+    adapters: tuple[str, ...]
+    relative: float
+    survives: float
+    error: float
+
+
+class Scratch:
+    """Two stretches of memory that a thread uses for every block again: for what it reads, and for what it writes."""
+
+    def __init__(self) -> None:
+        self.held = {True: bytearray(), False: bytearray()}
+
+    def take(self, reading: bool, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, memoryview]:
+        """Returns a tensor over one of them, its numbers not set, and the same bytes as a view."""
+        size = shape[0] * shape[1] * dtype.itemsize
+        if len(self.held[reading]) < size:
+            self.held[reading] = bytearray(size)
+        view = memoryview(self.held[reading])[:size]
+        return torch.frombuffer(view, dtype=dtype).reshape(shape), view
+
+
+class Loaded:
+    """The numbers of the adapters of one parameter, read when the first thread asks for them."""
+
+    def __init__(self, change: Change) -> None:
+        self.change = change
+        self.lock = threading.Lock()
+        self.rows: list[Rows] = []
+
+    def updates(self) -> Sequence[Rows]:
+        """Returns what gives the rows of each update."""
+        with self.lock:
+            if not self.rows:
+                self.rows = [update.load().delta_rows(update.host, self.change.name) for update in self.change.updates]
+        return self.rows
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The rows of one block of a parameter that lie in one tensor.
+
+    Attributes:
+        block: the rows that are computed.
+        rows: those of them that lie in the tensor.
+        row: where they begin there.
+    """
+
+    block: slice
+    rows: slice
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Some blocks of one tensor, one thread's share."""
+
+    patch: Patch
+    loaded: Loaded
+    spans: tuple[Span, ...]
+    probed: Span
+
+    @property
+    def size(self) -> int:
+        """Bytes that are written."""
+        rows = sum(span.rows.stop - span.rows.start for span in self.spans)
+        return rows * self.loaded.change.columns * self.patch.target.dtype.itemsize
+
+    def do(self, source: int | None, into: int, scratch: Scratch) -> list[Sample]:
+        """Reads, adds and writes all blocks.
+
+        Args:
+            source: the base's file; None where the tensor starts from zero.
+            into: the output's file.
+            scratch: the thread's memory.
+
+        Raises:
+            StateError: the sum is not finite in the stored dtype.
+            FormatError: the base ends before the tensor does.
+        """
+        with torch.no_grad():
+            found = [self._block(span, source, into, scratch) for span in self.spans]
+        return [sample for sample in found if sample is not None]
+
+    def _block(self, span: Span, source: int | None, into: int, scratch: Scratch) -> Sample | None:
+        change, target = self.loaded.change, self.patch.target
+        total = total_rows(self.loaded.updates(), span.block).reshape(-1, change.columns)
+        total = total[span.rows.start - span.block.start : span.rows.stop - span.block.start]
+        original = None if source is None else _read(source, target, span, change, scratch)
+        value, view = scratch.take(False, (len(total), change.columns), target.dtype)
+        add_rows(original, total, value)
+        _check_finite(target.key, value, original)
+        _write(into, self.patch.offset + span.row * change.columns * target.dtype.itemsize, view)
+        return _sample(change, target.key, value, original, total) if span is self.probed else None
+
+
+def split(patch: Patch) -> Iterator[Work]:
+    """Yields the blocks of a tensor in shares for threads; the adapters' numbers live as long as one of them."""
+    for change, piece in patch.target.parts:
+        spans = list(_spans(change, piece))
+        loaded = Loaded(change)
+        probed = spans[len(spans) // 2] if spans else None
+        for start in range(0, len(spans), RUN):
+            assert probed is not None
+            yield Work(patch, loaded, tuple(spans[start : start + RUN]), probed)
+
+
+def _spans(change: Change, piece: Piece) -> Iterator[Span]:
+    for block in row_blocks(change.shape, change.axes) if change.columns else ():
+        start, stop = max(block.start, piece.start), min(block.stop, piece.stop)
+        if start < stop:
+            yield Span(block, slice(start, stop), piece.row + start - piece.start)
+
+
+def _read(source: int, target: Target, span: Span, change: Change, scratch: Scratch) -> Tensor:
+    assert target.place is not None
+    dtype = target.place.entry.dtype
+    start = target.place.offset + span.row * change.columns * dtype.itemsize
+    rows, view = scratch.take(True, (span.rows.stop - span.rows.start, change.columns), dtype)
+    done = 0
+    while done < len(view):
+        count = os.preadv(source, [view[done:]], start + done)
+        if count == 0:
+            raise FormatError(f"{target.place.header.path}: became shorter while it was read: do not change the base")
+        done += count
+    return rows
+
+
+def _write(into: int, at: int, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(into, view[done : done + WRITE], at + done)
+
+
+def _check_finite(key: str, value: Tensor, original: Tensor | None) -> None:
+    low, high = value.aminmax()
+    if low > -math.inf and high < math.inf:
+        return
+    bad = ~torch.isfinite(value)
+    if original is not None:
+        bad &= torch.isfinite(original)
+    if bad.any():
+        raise StateError(
+            f"{key}: {int(bad.sum())} merged elements of one block are not finite in {value.dtype}: the sum overflows; "
+            "nothing was merged. Give the adapter a smaller weight, or a wider dtype="
+        )
+
+
+def _sample(change: Change, key: str, value: Tensor, original: Tensor | None, total: Tensor) -> Sample:
+    before = torch.zeros_like(total) if original is None else wide(original)
+    miss = (wide(value) - before) - total
+    energy, norm = float(total.double().square().sum()), float(before.double().square().sum()) ** 0.5
+    return Sample(
+        path=change.path,
+        key=key,
+        adapters=tuple(update.input.file.name for update in change.updates),
+        relative=energy**0.5 / norm if norm else math.inf,
+        survives=1 - float(miss.double().square().sum()) / energy if energy else 1.0,
+        error=float(miss.abs().max()) if miss.numel() else 0.0,
+    )

@@ -1,0 +1,221 @@
+"""Writing shards: raw copies and row blocks, on a few threads that read, compute and write at the same time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..errors import FormatError
+from .journal import Journal
+from .layout import Copy, Shard
+from .patching import WRITE, Sample, Scratch, Work, split
+
+CHUNK = 2**25
+"""Bytes of a raw copy that one thread takes at a time."""
+FLUSH = 2**28
+"""Bytes after which a thread asks the system to start writing to disk, so that the last sync is short."""
+
+_sync = getattr(os, "fdatasync", os.fsync)
+_NOT_HERE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF}
+"""Errors that say no more than that these files cannot be copied inside the kernel."""
+
+Advance = Callable[[int, str], None]
+
+
+@dataclass(eq=False)
+class _Output:
+    """A shard while it is written: its file, what is still under way, and what was measured."""
+
+    shard: Shard
+    number: int
+    pending: int = 0
+    unsynced: int = 0
+    samples: list[Sample] = field(default_factory=list)
+
+
+class _Writer:
+    """Hands out the work on some shards, one after the other, to any number of threads."""
+
+    def __init__(self, shards: Sequence[Shard], journal: Journal, advance: Advance) -> None:
+        self.journal, self.advance = journal, advance
+        self.lock, self.stop = threading.Lock(), threading.Event()
+        self.sources: dict[Path, int] = {}
+        self.open: list[_Output] = []
+        self.errors: list[BaseException] = []
+        self.work = self._give(shards)
+
+    def _give(self, shards: Sequence[Shard]) -> Iterator[tuple[_Output, Copy | Work]]:
+        for shard in shards:
+            output = _Output(shard, self.journal.create(shard.name))
+            self.open.append(output)
+            _write_all(output.number, shard.head, 0)
+            # Held open until all is given, or the first thread could finish the shard before the second has its share.
+            output.pending += 1
+            for copy in shard.copies:
+                for piece in _cut(copy):
+                    output.pending += 1
+                    yield output, piece
+            for patch in shard.patches:
+                for work in split(patch):
+                    output.pending += 1
+                    yield output, work
+            output.pending -= 1
+            if not output.pending:
+                self._finish(output)
+
+    def source(self, path: Path) -> int:
+        """Returns the base's file, opened once."""
+        with self.lock:
+            if path not in self.sources:
+                self.sources[path] = os.open(path, os.O_RDONLY)
+            return self.sources[path]
+
+    def run(self) -> None:
+        """Works until nothing is left, or something failed; one call per thread."""
+        scratch = Scratch()
+        try:
+            while not self.stop.is_set():
+                with self.lock:
+                    given = next(self.work, None)
+                if given is None:
+                    return
+                self._do(*given, scratch)
+        except BaseException as error:
+            self.errors.append(error)
+            self.stop.set()
+
+    def _do(self, output: _Output, task: Copy | Work, scratch: Scratch) -> None:
+        samples: list[Sample] = []
+        if isinstance(task, Copy):
+            copy_bytes(self.source(task.source), output.number, task)
+        else:
+            place = task.patch.target.place
+            source = None if place is None else self.source(place.header.path)
+            samples = task.do(source, output.number, scratch)
+        with self.lock:
+            output.samples += samples
+            output.unsynced += task.size
+            flush = output.unsynced >= FLUSH
+            if flush:
+                output.unsynced = 0
+        if flush:
+            _sync(output.number)
+        self.advance(task.size, output.shard.name)
+        with self.lock:
+            output.pending -= 1
+            done = not output.pending
+        if done:
+            self._finish(output)
+
+    def _finish(self, output: _Output) -> None:
+        self.open.remove(output)
+        self.journal.complete(output.shard.name, output.number, output.samples)
+
+    def close(self) -> None:
+        """Closes all files; unfinished shards are removed."""
+        for number in self.sources.values():
+            os.close(number)
+        for output in self.open:
+            self.journal.abandon(output.shard.name, output.number)
+
+
+def write_shards(shards: Sequence[Shard], journal: Journal, threads: int, advance: Advance) -> None:
+    """Writes shards to their temporary names and completes them in the journal, each as soon as its bytes are there.
+
+    Args:
+        shards: what to write; those that are complete already are left out by the caller.
+        journal: knows where.
+        threads: how many threads work.
+        advance: told the bytes and the name of what was written, from any thread.
+
+    Raises:
+        FormatError: the disk does not take the files, or the base cannot be read.
+        StateError: a sum is not finite.
+    """
+    writer = _Writer(shards, journal, advance)
+    workers = [threading.Thread(target=writer.run, name=f"merge-{i}") for i in range(threads)]
+    try:
+        with _single_threaded():
+            for worker in workers:
+                worker.start()
+            _join(workers, writer)
+    finally:
+        writer.close()
+    if writer.errors:
+        raise _explained(writer.errors[0])
+
+
+def _join(workers: Sequence[threading.Thread], writer: _Writer) -> None:
+    try:
+        for worker in workers:
+            while worker.is_alive():
+                worker.join(0.2)
+    except BaseException:
+        writer.stop.set()
+        for worker in workers:
+            worker.join()
+        raise
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    """Lets each torch operation use one thread, since blocks run beside each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _explained(error: BaseException) -> BaseException:
+    if not isinstance(error, OSError):
+        return error
+    where = error.filename or "the output"
+    made = FormatError(
+        f"{where}: cannot be read or written: {error.strerror or error}. What is complete is kept: mend this and run "
+        "the same merge again to continue"
+    )
+    made.__cause__ = error
+    return made
+
+
+def _cut(copy: Copy) -> Iterator[Copy]:
+    for start in range(0, copy.size, CHUNK):
+        yield Copy(copy.source, copy.start + start, copy.offset + start, min(CHUNK, copy.size - start))
+
+
+def copy_bytes(source: int, into: int, copy: Copy) -> None:
+    """Copies bytes inside the kernel where the system can, else through memory."""
+    done = 0
+    while done < copy.size:
+        count = _copy_some(source, into, copy, done)
+        if count == 0:
+            raise FormatError(f"{copy.source}: became shorter while it was copied: do not change the base meanwhile")
+        done += count
+
+
+def _copy_some(source: int, into: int, copy: Copy, done: int) -> int:
+    left, start, offset = copy.size - done, copy.start + done, copy.offset + done
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source, into, left, start, offset)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+    data = os.pread(source, min(left, WRITE), start)
+    _write_all(into, data, offset)
+    return len(data)
+
+
+def _write_all(number: int, data: bytes, offset: int) -> None:
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.pwrite(number, view[done : done + WRITE], offset + done)

@@ -1,0 +1,159 @@
+"""The updates to merge: every site of every adapter beside the module that it changes, all of it checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..adapter import Adapter, Layout
+from ..adapter_file import SiteRecord
+from ..config import dtype_name
+from ..errors import ConfigError, FormatError, LoraInjectError, MismatchError, listing
+from ..registry import by_kind
+from ..targets import nearest_paths
+from .inputs import Input
+from .names import Names, StandIn
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """One site of one adapter file; its numbers are on disk.
+
+    Attributes:
+        input: the file and its weight.
+        record: what the file says of the site.
+        path: the path of its module in the checkpoint's model.
+        host: that module, or a stand-in, on the meta device.
+        layout: names and shapes of the adapter's parameters.
+        names: the host's parameters that it updates.
+        row_axes: how many leading axes of the weight count as rows.
+    """
+
+    input: Input
+    record: SiteRecord
+    path: str
+    host: nn.Module
+    layout: Layout
+    names: tuple[str, ...]
+    row_axes: int
+
+    @property
+    def weight_name(self) -> str:
+        """The name of the weight that it updates."""
+        return self.names[0]
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers the bias has that comes with it: the size of the last bias that its layout lists."""
+        return self.layout[list(self.layout)[-1]][0]
+
+    def load(self) -> Adapter:
+        """Returns the adapter with its numbers, on the CPU, weight included."""
+        adapter = _build(self.record, self.layout, torch.device("cpu"))
+        self.input.fill(adapter, self.record)
+        return adapter
+
+
+def needs_model(inputs: Iterable[Input]) -> list[str]:
+    """Returns the sites whose update depends on more of the model than a checkpoint's headers tell."""
+    return [
+        record.path
+        for entry in inputs
+        for record in entry.file.sites.values()
+        if by_kind(record.kind).needs_host(record.config)
+    ]
+
+
+def read_updates(inputs: Sequence[Input], names: Names) -> list[Update]:
+    """Returns the updates of all adapters in order, each tensor of each file used exactly once.
+
+    Raises:
+        FormatError: tensors or options that belong to no site or contradict it.
+        MismatchError: modules that the checkpoint does not have, or tensors that do not fit; lists all of them.
+        UnsupportedError: an adapter of a whole block, or one that needs the model itself.
+    """
+    found: list[Update] = []
+    for entry in inputs:
+        missing, wrong = [], []
+        for record in entry.file.sites.values():
+            try:
+                update = _update(entry, record, names)
+            except ConfigError as problem:
+                raise FormatError(f"{entry.path}: {record.path}: {problem}") from problem
+            except LoraInjectError as problem:
+                raise type(problem)(f"{entry.path}: {record.path or '(root)'}: {problem}") from problem
+            if update is None:
+                missing.append(record.path)
+                continue
+            wrong += _compare(update)
+            found.append(update)
+        _refuse(entry, missing, wrong, names)
+    return found
+
+
+def _update(entry: Input, record: SiteRecord, names: Names) -> Update | None:
+    kind, parameter = by_kind(record.kind), record.extras.get("parameter")
+    owners = [record.owner(path) for path in (record.path, *record.aliases)]
+    path = next((owner for owner in owners if names.module(owner) is not None), None)
+    host = None if path is None else names.module(path)
+    if path is None or host is None:
+        return None
+    if not kind.mergeable or not kind.touches(record.extras):
+        raise MismatchError("acts on a whole block, which has no weight to merge into: leave it out of the merge")
+    touched = kind.touches(record.extras)[0]
+    if host._parameters.get(touched) is None:
+        return None
+    if not isinstance(host, StandIn):
+        serves = kind.can_adapt(host) if parameter is None else kind.can_adapt_parameter(host, parameter)
+        if not serves:
+            raise MismatchError(f"adapter {record.kind!r} does not serve {type(host).__name__}")
+    if record.config.dtype is None:
+        raise FormatError("its metadata do not say the dtype of its tensors: export the adapter again")
+    layout = kind.layout(host, record.config, record.extras)
+    adapter = _build(record, layout, torch.device("meta"))
+    return Update(entry, record, path, host, layout, adapter.delta_names(host), adapter.row_axes)
+
+
+def _build(record: SiteRecord, layout: Layout, device: torch.device) -> Adapter:
+    dtype = record.config.dtype
+    assert dtype is not None
+    return by_kind(record.kind)(record.config, layout, dtype, device, record.extras)
+
+
+def _compare(update: Update) -> list[str]:
+    """Returns a line for every tensor that is missing, unexpected, or of another shape or dtype."""
+    record, entries = update.record, update.input.file.entries.get(update.record.path, {})
+    lines = [f"{record.prefix}{key}: missing in the file" for key in update.layout if key not in entries]
+    for key, entry in entries.items():
+        where, wanted = f"{record.prefix}{key}", update.layout.get(key)
+        if wanted is None:
+            lines.append(f"{where}: unexpected")
+        elif entry.shape != tuple(wanted):
+            lines.append(f"{where}: shape {entry.shape} in the file, {tuple(wanted)} wanted by the base")
+        elif entry.dtype != record.config.dtype:
+            lines.append(f"{where}: dtype {dtype_name(entry.dtype)}, not the one that its metadata say")
+    return lines
+
+
+def _refuse(entry: Input, missing: list[str], wrong: list[str], names: Names) -> None:
+    stray = sorted(set(entry.file.entries) - set(entry.file.sites))
+    if stray:
+        raise FormatError(f"{entry.path}: tensors that belong to no site of the file:\n{listing(stray)}")
+    if missing:
+        known = names.paths()
+        lines = []
+        for path in missing[:12]:
+            near = nearest_paths(path, known)[:2]
+            lines.append(path + (f" (nearest: {', '.join(near)})" if near else ""))
+        more = len(missing) - len(lines)
+        raise MismatchError(
+            f"{entry.path}: the base has no weight for {len(missing)} of {len(entry.file.sites)} sites:\n"
+            f"{listing(lines)}{f'{chr(10)}  ... and {more} more' if more else ''}\n"
+            "Merge it into the base that it was made for; where transformers names or packs the weights otherwise "
+            "than the checkpoint does, use via_model=True (--via-model)."
+        )
+    if wrong:
+        raise MismatchError(f"{entry.path}: {len(wrong)} tensors do not fit:\n{listing(wrong)}")

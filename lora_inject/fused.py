@@ -1,0 +1,190 @@
+"""One autograd function for a linear layer with its low-rank paths: no extra output, no extra copy of the input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Factors = Sequence[Tensor]
+"""A and B of each adapter, one after the other: A (rank, in), B (out, rank) for nn.Linear."""
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def can_fuse(x: Any, weight: Any, bias: Any) -> bool:
+    """Says whether the fused path computes what the plain one does: plain tensors, one dtype, no transform around.
+
+    The compiler fuses the plain path by itself; functorch's transforms and forward-mode derivatives need its parts.
+    """
+    if type(x) not in _PLAIN or type(weight) not in _PLAIN or torch.compiler.is_compiling():
+        return False
+    if torch.is_autocast_enabled(x.device.type):
+        if x.dtype not in _HALF_OR_SINGLE:
+            return False
+    elif x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
+        # The base's own error is wanted.
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0  # type: ignore[attr-defined]
+
+
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scales: tuple[float, ...],
+    factors: Factors,
+    *,
+    transposed: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Returns x W^T + b + sum of scale * (x A^T) B^T, accumulated in one output.
+
+    Args:
+        x: input (..., in) in the dtype of the arithmetic; A and B are cast to it.
+        weight: W (out, in), or (in, out) if transposed.
+        bias: b (out), or None.
+        scales: one factor per adapter.
+        factors: A (rank, in) and B (out, rank) per adapter; if transposed B (in, rank) and A (rank, out) in that
+            order, the one that the input meets first.
+        transposed: whether the layer is a transposed one, y = x W + b.
+        dropout: probability with which an input element is dropped before the low-rank path; one adapter only.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            return fused_linear(x.to(dtype), weight, bias, scales, factors, transposed=transposed, dropout=dropout)
+    # Drawn from the CPU's generator, whose state gradient checkpointing puts back before it computes again.
+    seed = int(torch.randint(2**62, ()).item()) if dropout else None
+    if torch.is_grad_enabled():
+        found: Tensor = _Fused.apply(x, weight, bias, scales, transposed, dropout, seed, *factors)  # type: ignore[no-untyped-call]
+        return found
+    return _output(x, weight, bias, scales, transposed, dropout, seed, factors)
+
+
+def _output(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scales: tuple[float, ...],
+    transposed: bool,
+    dropout: float,
+    seed: int | None,
+    factors: Factors,
+) -> Tensor:
+    dtype = x.dtype
+    weight = weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if transposed:
+        flat = x.reshape(-1, x.shape[-1])
+        output = (flat @ weight if bias is None else torch.addmm(bias, flat, weight)).view(*x.shape[:-1], -1)
+    else:
+        output = F.linear(x, weight, bias)
+    first, second = _stack(factors, dtype, transposed)
+    inner = _dropped(x, dropout, seed).reshape(-1, x.shape[-1]) @ first.t()
+    inner = _scale(inner, scales, factors, transposed, dropout)
+    output.view(-1, output.shape[-1]).addmm_(inner, second.t())
+    return output
+
+
+def _stack(factors: Factors, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor]:
+    """Returns all first factors as (summed rank, in) and all second ones as (out, summed rank)."""
+    firsts = [factor.t() if transposed else factor for factor in factors[0::2]]
+    seconds = [factor.t() if transposed else factor for factor in factors[1::2]]
+    if len(firsts) == 1:
+        return firsts[0].to(dtype), seconds[0].to(dtype)
+    return torch.cat([f.to(dtype) for f in firsts]), torch.cat([s.to(dtype) for s in seconds], dim=1)
+
+
+def _ranks(factors: Factors, transposed: bool) -> list[int]:
+    return [factor.shape[1 if transposed else 0] for factor in factors[0::2]]
+
+
+def _scale(inner: Tensor, scales: tuple[float, ...], factors: Factors, transposed: bool, dropout: float) -> Tensor:
+    """Returns the rank-sized product times each adapter's scale, and what dropout takes from the mean."""
+    kept = 1 - _threshold(dropout) / 2**16
+    if len(scales) == 1:
+        return inner * (scales[0] / kept)
+    ranks = _ranks(factors, transposed)
+    columns = [scale for scale, rank in zip(scales, ranks, strict=True) for _ in range(rank)]
+    return inner * torch.tensor(columns, dtype=inner.dtype, device=inner.device)
+
+
+def _threshold(dropout: float) -> int:
+    return round(dropout * 2**16)
+
+
+def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """Returns which elements stay, made again from the seed: sixteen random bits each, four from one draw."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
+    draws.random_(-(2**63), None, generator=generator)
+    return (draws.view(torch.int16)[: x.numel()] >= _threshold(dropout) - 2**15).view(x.shape)
+
+
+def _dropped(x: Tensor, dropout: float, seed: int | None) -> Tensor:
+    return x if seed is None else x * _mask(x, dropout, seed)
+
+
+class _Fused(torch.autograd.Function):
+    """Saves x, W, A and B; the rank-sized product and the dropout mask are made again on the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scales: tuple[float, ...],
+        transposed: bool,
+        dropout: float,
+        seed: int | None,
+        *factors: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, *factors)
+        ctx.options = scales, transposed, dropout, seed
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        # A view made in here could not be changed in place outside, as models do with `hidden += residual`.
+        return _output(x, weight, bias, scales, transposed, dropout, seed, factors).detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, *factors = ctx.saved_tensors
+        scales, transposed, dropout, seed = ctx.options
+        wants = ctx.needs_input_grad
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        first, second = _stack(factors, x.dtype, transposed)
+        inner_grad = _scale(grad @ second, scales, factors, transposed, dropout)
+        flat = x.reshape(-1, x.shape[-1])
+        x_grad = weight_grad = None
+        if wants[0]:
+            x_grad = grad @ (weight.t() if transposed else weight).to(x.dtype)
+            if seed is None:
+                x_grad = x_grad.addmm_(inner_grad, first)
+            else:
+                x_grad = x_grad + (inner_grad @ first) * _mask(flat, dropout, seed)
+            x_grad = x_grad.view(x.shape)
+        if wants[1]:
+            weight_grad = (flat.t() @ grad if transposed else grad.t() @ flat).to(weight.dtype)
+        bias_grad = grad.sum(0).to(ctx.bias_dtype) if wants[2] else None
+        factor_grads: list[Tensor | None] = [None] * len(factors)
+        if any(wants[7:]):
+            met = _dropped(flat, dropout, seed)
+            first_grad = inner_grad.t() @ met
+            second_grad = grad.t() @ _scale(met @ first.t(), scales, factors, transposed, dropout)
+            factor_grads = _split(first_grad, second_grad, factors, transposed)
+        return (x_grad, weight_grad, bias_grad, None, None, None, None, *factor_grads)
+
+
+def _split(first: Tensor, second: Tensor, factors: Factors, transposed: bool) -> list[Tensor | None]:
+    """Returns the gradients of the stacked factors as each adapter's own, in its dtype."""
+    ranks = _ranks(factors, transposed)
+    pairs = zip(torch.split(first, ranks), torch.split(second, ranks, dim=1), strict=True)
+    flat = [gradient.t() if transposed else gradient for pair in pairs for gradient in pair]
+    return [gradient.to(factor.dtype) for gradient, factor in zip(flat, factors, strict=True)]

@@ -1,0 +1,23 @@
+"""What all tests share: one thread per test process, and a fresh start for every random number and registry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_inject import registry
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def clean_registry():
+    """Lets a test register adapter classes without leaving them to the next one."""
+    before = list(registry._classes)
+    yield
+    registry._classes[:] = before

@@ -1,0 +1,140 @@
+"""Imports only go down: a file imports from lower floors only, and nothing heavy comes with `import lora_inject`."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lora_inject
+
+PACKAGE = Path(lora_inject.__file__).parent
+ROOT = PACKAGE.parent
+FLOORS = [
+    {"version", "errors", "tree", "tables", "commit", "recipe_yaml", "fused"},
+    {"config", "safefile", "verdicts", "inspected", "models", "model_inputs"},
+    {"targets", "adapter", "adapter_file"},
+    {"registry", "host", "recipe", "blocks"},
+    {"factored", "sites", "fingerprint", "merging", "recipe_schema", "inspection"},
+    {"adapters.*", "refs", "selection", "recipe_file"},
+    {"adapters", "plan", "merge", "state"},
+    {"surgery", "switches", "verify"},
+    {"loading", "checkpoint.*", "formats.*"},
+    {""},
+    {"cli.*"},
+    {"__main__"},
+]
+"""From the ground up; a file imports from floors below its own. "x.*" is a folder whose files may import from
+each other as long as there is no cycle, "" is the package itself."""
+LATE = {"recipe": {"recipe_file"}}
+"""Imports inside functions, of what only few users need, that go up; each is a decision."""
+HEAVY = ("transformers", "pydantic", "typer", "rich", "numpy.testing", "matplotlib", "peft", "accelerate", "click")
+FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
+FILES = {name.removesuffix(".__init__") if name != "__init__" else "": path for name, path in FILES.items()}
+
+
+def floor(name: str) -> int:
+    for number, names in enumerate(FLOORS):
+        if name in names:
+            return number
+    for number, names in enumerate(FLOORS):
+        if f"{name.partition('.')[0]}.*" in names:
+            return number
+    raise AssertionError(
+        f"lora_inject/{name.replace('.', '/')}.py has no floor: add it to FLOORS in tests/test_floors.py"
+    )
+
+
+def imports(name: str, path: Path, late: bool) -> set[str]:
+    """Returns the names of the package's files that a file imports, at its top or inside functions."""
+    tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
+    inside = {
+        id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)
+    }
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(tree):
+        if (id(node) in inside) != late:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = [part for part in package if part][: len([p for p in package if p]) - node.level + 1]
+            target = ".".join([*folder, *(node.module.split(".") if node.module else [])])
+            for alias in node.names:
+                full = f"{target}.{alias.name}".strip(".")
+                found.add(full if full in FILES else target)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lora_inject":
+            found.add(node.module.removeprefix("lora_inject").strip("."))
+        elif isinstance(node, ast.Import):
+            found |= {
+                a.name.removeprefix("lora_inject").strip(".") for a in node.names if a.name.startswith("lora_inject")
+            }
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_file_imports_from_lower_floors_only(name):
+    folder = name.partition(".")[0]
+    for target in imports(name, FILES[name], late=False):
+        neighbour = folder and target.partition(".")[0] == folder and floor(target) == floor(name)
+        assert neighbour or floor(target) < floor(name), f"{name or '__init__'} imports {target}"
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_imports_inside_functions_go_down_too_or_are_listed(name):
+    for target in imports(name, FILES[name], late=True):
+        assert floor(target) < floor(name) or target in LATE.get(name, ()), f"{name} imports {target} late"
+
+
+def test_there_is_no_cycle():
+    graph = {name: imports(name, path, late=False) & FILES.keys() for name, path in FILES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join((*way, name))
+        if name not in done:
+            for target in graph[name]:
+                visit(target, (*way, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_the_table_names_no_file_twice():
+    names = [name for floor_ in FLOORS for name in floor_]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("statement", ["import lora_inject", "from lora_inject import *"])
+def test_importing_the_package_imports_nothing_heavy(statement):
+    code = f"import torch, sys; before = set(sys.modules); {statement}; print(*sorted(set(sys.modules) - before))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, timeout=120
+    )
+    loaded = {module.split(".")[0] for module in run.stdout.split()}
+    assert "lora_inject" in loaded
+    assert loaded.isdisjoint(HEAVY)
+
+
+def test_transformers_is_not_needed_to_serve_its_conv1d():
+    for path in PACKAGE.joinpath("adapters").glob("*.py"):
+        assert "import transformers" not in path.read_text() and "from transformers" not in path.read_text()
+
+
+def test_all_names_that_are_exported_exist_and_only_those():
+    public = {name for name in vars(lora_inject) if not name.startswith("_")}
+    assert set(lora_inject.__all__) - {"__version__"} <= public
+    assert len(set(lora_inject.__all__)) == len(lora_inject.__all__)
+    assert all(getattr(lora_inject, name) is not None for name in lora_inject.__all__)
+
+
+API = ["plan", "inject", "uninject", "merge", "unmerge", "export", "load", "adapters", "adapter_parameters", "verify"]
+API += ["adapter_state", "disabled", "scaled", "activate", "load_recipe", "register", "Adapter", "Target"]
+API += ["LoraInjectError"]
+
+
+@pytest.mark.parametrize("name", API)
+def test_the_public_api_of_the_design_is_there(name):
+    assert name in lora_inject.__all__ and callable(getattr(lora_inject, name))

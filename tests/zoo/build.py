@@ -1,0 +1,67 @@
+"""Builds a small model of an architecture straight from its config class, with random weights and no download."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .catalog import Architecture, config_class
+from .exceptions import EXCEPTIONS
+from .shrink import shrink
+
+MOST_PARAMETERS = 40_000_000
+
+
+class TooLarge(Exception):
+    """The model has more parameters than this machine should spend time on."""
+
+
+def small_config(architecture: Architecture, narrow: bool) -> Any:
+    """Returns the config of a small model of this architecture.
+
+    Args:
+        architecture: which one.
+        narrow: also make layers thin; else only fewer.
+    """
+    cls = config_class(architecture)
+    exception = EXCEPTIONS.get(architecture.name)
+    fields = shrink(cls(**(exception.start if exception else {})).to_dict(), narrow)
+    for path, value in (exception.set if exception else {}).items():
+        *parents, name = path.split(".")
+        place = fields
+        for parent in parents:
+            place = place[parent]
+        place[name] = value
+    return cls.from_dict(fields)
+
+
+def build(model_class: Any, config: Any) -> Any:
+    """Returns the model in eval mode, its weights drawn so that no part of it is silent.
+
+    Raises:
+        TooLarge: more than MOST_PARAMETERS parameters.
+    """
+    with torch.device("meta"):
+        size = sum(p.numel() for p in model_class._from_config(config).parameters())
+    if size > MOST_PARAMETERS:
+        raise TooLarge(f"{size / 1e6:.0f} M parameters")
+    torch.manual_seed(0)
+    model = model_class._from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    wake(model)
+    return model
+
+
+@torch.no_grad()
+def wake(model: Any) -> None:
+    """Draws weights that are constant at the start (zero gates, layer scales, empty projections) anew.
+
+    A gate at zero hides everything behind it, and no adapter there could be seen to act.
+    """
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
+            noise = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.copy_(parameter + noise.to(parameter.dtype))
+        elif parameter.dim() >= 2 and not torch.isfinite(parameter).all():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)

@@ -1,0 +1,139 @@
+"""A specimen: a small model of an architecture with inputs on which it runs, found by trying."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .build import build, small_config
+from .catalog import Architecture, model_classes
+from .exceptions import EXCEPTIONS
+from .inputs import candidates
+from .lifecycle import run
+
+MOST_CLASSES = 3
+
+
+class Missing(Exception):
+    """There is no specimen: "not built" or "not run", and why."""
+
+    def __init__(self, state: str, problems: list[str]) -> None:
+        super().__init__(f"{state}: {problems[0]}")
+        self.state = state
+        self.problems = problems
+
+
+@dataclass
+class Specimen:
+    """A model in eval mode and keyword inputs in its dtype."""
+
+    model: Any
+    inputs: dict[str, Any]
+
+
+@dataclass
+class _Search:
+    """What went wrong on the way to a specimen; the reason given is the first problem of the furthest stage."""
+
+    building: list[str] = field(default_factory=list)
+    running: list[str] = field(default_factory=list)
+
+    def missing(self) -> Missing:
+        if self.running:
+            return Missing("not run", self.running)
+        return Missing("not built", self.building or ["transformers has no model class that takes this config alone"])
+
+
+def find(architecture: Architecture) -> Specimen:
+    """Returns the first model and inputs that run; in float64 where the model can, so that comparisons are sharp.
+
+    Raises:
+        Missing: nothing builds, or nothing runs.
+    """
+    exception = EXCEPTIONS.get(architecture.name)
+    if exception is not None and exception.skip:
+        raise Missing("not built", [exception.skip])
+    search = _Search()
+    for model in _models(architecture, search):
+        inputs = _inputs_for(model, search)
+        if inputs is not None:
+            return sharpened(model, inputs)
+    raise search.missing()
+
+
+def _models(architecture: Architecture, search: _Search) -> Iterator[Any]:
+    for narrow in (True, False):
+        try:
+            config = small_config(architecture, narrow)
+            classes = list(_classes(architecture))
+        except Exception as error:
+            search.building.append(brief(error))
+            continue
+        for model_class in classes:
+            try:
+                yield build(model_class, config)
+            except Exception as error:
+                search.building.append(f"{model_class.__name__}: {brief(error)}")
+
+
+def _classes(architecture: Architecture) -> list[Any]:
+    exception = EXCEPTIONS.get(architecture.name)
+    found = model_classes(architecture)
+    if exception is not None and exception.classes:
+        by_name = {found.__name__: found for found in found}
+        return [by_name[name] for name in exception.classes]
+    return list(itertools.islice(found, MOST_CLASSES))
+
+
+def _inputs_for(model: Any, search: _Search) -> dict[str, Any] | None:
+    """Returns the first inputs with which the model runs."""
+    problem = ""
+    try:
+        tries = candidates(model)
+        while True:
+            inputs = tries.send(problem) if problem else next(tries)
+            problem = problem_with(model, inputs)
+            if not problem:
+                return inputs
+            search.running.append(f"{type(model).__name__} on {', '.join(inputs) or 'nothing'}: {problem}")
+    except StopIteration:
+        return None
+    except Exception as error:
+        search.running.append(f"no inputs for {type(model).__name__}: {brief(error)}")
+        return None
+
+
+def problem_with(model: Any, inputs: Mapping[str, Any]) -> str:
+    """Returns why the model does not run, or gives nothing to compare; an empty string if it does."""
+    try:
+        outputs = [output for output in run(model, inputs) if output.is_floating_point() and output.numel()]
+    except Exception as error:
+        return brief(error)
+    if not outputs:
+        return "no output is a floating-point tensor"
+    return "outputs hold NaN" if any(bool(output.isnan().any()) for output in outputs) else ""
+
+
+def sharpened(model: Any, inputs: Mapping[str, Any]) -> Specimen:
+    """Returns the specimen in float64, or as it is where the model's code insists on another dtype."""
+    wide = copy.deepcopy(model).double()
+    wide_inputs = {name: _double(value) for name, value in inputs.items()}
+    if not problem_with(wide, wide_inputs):
+        return Specimen(wide, wide_inputs)
+    return Specimen(model, dict(inputs))
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.double()
+    return [_double(item) for item in value] if isinstance(value, list) else value
+
+
+def brief(error: BaseException) -> str:
+    """Returns the kind of an error and the start of its message, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
