@@ -13,7 +13,7 @@ from .errors import (
     UnsupportedError,
 )
 from .loading import load
-from .merge import MergeReport, merge, unmerge
+from .merge import MergeReport, RoundingWarning, merge, unmerge
 from .plan import Plan, plan
 from .recipe import Recipe, load_recipe
 from .refs import AdapterRef, adapter_parameters, adapters
@@ -38,6 +38,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "RoundingWarning",
     "StateError",
     "Target",
     "TargetError",

@@ -58,6 +58,8 @@ class Adapter(nn.Module, abc.ABC):
     """Whether the host's parameters hold the update now."""
     factor = 1.0
     """Product of the open `scaled` contexts."""
+    scalings = 0
+    """How many open `scaled` contexts cover this adapter."""
 
     def __init__(
         self,

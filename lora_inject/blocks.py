@@ -42,17 +42,24 @@ def total_rows(updates: Sequence[Rows], rows: slice) -> Tensor:
     return total
 
 
-def add_rows(original: Tensor | None, total: Tensor, out: Tensor) -> None:
+def add_rows(original: Tensor | None, total: Tensor, out: Tensor) -> Tensor:
     """Writes original + total into `out`, formed in float32 or wider and rounded once; a missing original is zero.
 
     Args:
         original: rows of the weight, of the shape of `out`; may be `out` itself.
         total: the sum of the updates, of the same shape.
         out: what takes the result, of any floating dtype.
+
+    Returns:
+        The sum before it was rounded; `out` itself where nothing was.
     """
     if original is None:
         out.copy_(total)
-    elif original.dtype == total.dtype == out.dtype:
-        torch.add(original, total, out=out)
-    else:
-        out.copy_(wide(original) + total)
+        return total
+    if original.dtype == total.dtype == out.dtype:
+        return torch.add(original, total, out=out)
+    # `wide` copies a half-precision original, and that copy takes the sum.
+    fresh = original.dtype.itemsize < 4 and total.dtype == torch.float32
+    summed = wide(original).add_(total) if fresh else wide(original) + total
+    out.copy_(summed)
+    return summed

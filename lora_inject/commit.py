@@ -16,15 +16,15 @@ Undo = Callable[[Callable[[], object]], None]
 def all_or_nothing() -> Iterator[Undo]:
     """Yields a function that registers undo steps; any exception in the block runs them, last first, and goes on.
 
-    In the main thread Ctrl-C waits until the block is over, and then takes it back, so that it can never fall
-    between a step and its registration, or into the way back.
+    In the main thread Ctrl-C waits until the block is over and goes to the program's own handler then; if that raises,
+    as Python's does, the block is taken back. So it can never fall between a step and its registration, or into the
+    way back.
     """
     steps: list[Callable[[], object]] = []
-    with _deferred_interrupt() as interrupted:
+    with _deferred_interrupt() as deliver:
         try:
             yield steps.append
-            if interrupted:
-                raise KeyboardInterrupt
+            deliver()
         except BaseException:
             for step in reversed(steps):
                 step()
@@ -32,17 +32,22 @@ def all_or_nothing() -> Iterator[Undo]:
 
 
 @contextmanager
-def _deferred_interrupt() -> Iterator[list[int]]:
-    seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
-        yield seen
+def _deferred_interrupt() -> Iterator[Callable[[], None]]:
+    """Yields a function that hands an interrupt that came meanwhile to the handler that was there before."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield lambda: None
         return
+    seen: list[FrameType | None] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
+    def deliver() -> None:
+        if seen:
+            before(signal.SIGINT, seen.pop(0))
 
-    before = signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, lambda number, frame: seen.append(frame))
     try:
-        yield seen
+        yield deliver
     finally:
         signal.signal(signal.SIGINT, before)
+        # One that came after the last look is too late to undo anything, but must not be lost.
+        deliver()

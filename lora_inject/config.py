@@ -63,6 +63,8 @@ _CHECKS: dict[str, tuple[Any, str]] = {
     "init": (lambda v: v in INITS, f"one of {', '.join(INITS)}"),
     "factorization": (lambda v: v in FACTORIZATIONS, f"one of {', '.join(FACTORIZATIONS)}"),
     "dtype": (lambda v: v is None or v in DTYPES.values(), f"None or one of {', '.join(DTYPES)}"),
+    "keep": (lambda v: v in ("residual", "copy", "nothing"), "one of residual, copy, nothing"),
+    "accumulate": (lambda v: v in (torch.float32, torch.float64), "torch.float32 or torch.float64"),
     "seed": (
         lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**63),
         "None or a whole number in [0, 2^63)",

@@ -89,7 +89,10 @@ class FactoredAdapter(Adapter, abc.ABC):
             # Under autocast the product would be rounded to half precision before it is added.
             with torch.autocast(next(self.parameters()).device.type, enabled=False):
                 if name == self.updates[0]:
-                    return self.unfold(host, self.matrix(rows), rows) * self.scaling
+                    found = self.unfold(host, self.matrix(rows), rows)
+                    # In place where nothing else holds the numbers: a dense update may be the parameter itself.
+                    fresh = not self.is_dense and not torch.is_grad_enabled()
+                    return found.mul_(self.scaling) if fresh else found * self.scaling
                 bias = self.bias_delta(host)
                 assert bias is not None
                 return bias[rows] * self.scaling

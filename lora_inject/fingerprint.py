@@ -35,7 +35,7 @@ def fingerprint(module: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 def _original(module: Any, name: str) -> Tensor:
     kept = module.adapters.kept.get(name) if isinstance(module, Host) else None
-    found: Tensor = base_tensor(module, name) if kept is None else kept
+    found: Tensor = base_tensor(module, name) if kept is None else kept.original(module, name)
     return found
 
 

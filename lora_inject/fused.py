@@ -31,7 +31,7 @@ def can_fuse(x: Any, weight: Any, bias: Any) -> bool:
     elif x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         # The base's own error is wanted.
         return False
-    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0  # type: ignore[attr-defined]
+    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
 def fused_linear(

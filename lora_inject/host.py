@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, wide
 from .errors import StateError, UnsupportedError
+from .keeping import Kept
 from .tree import INNER
 
 
@@ -32,7 +33,7 @@ class Adapters(nn.ModuleDict):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: dict[str, Tensor | None] = {}
+        self.kept: dict[str, Kept] = {}
 
     def named(self) -> Iterator[tuple[str, Any]]:
         """Yields the name and the adapter of every slot."""
@@ -46,17 +47,6 @@ class Adapters(nn.ModuleDict):
     def merged_names(self) -> list[str]:
         """Returns the names of the adapters that the host's parameters hold now."""
         return list(dict.fromkeys(name for name, adapter in self.named() if adapter.merged))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapters:
-        # A merged host that is cast or moved takes the originals along, or unmerge would give back the old ones.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            for name, tensor in self.kept.items():
-                if isinstance(tensor, nn.Parameter):
-                    tensor.data = fn(tensor.data)
-                elif tensor is not None:
-                    self.kept[name] = fn(tensor)
-        return self
 
 
 class Host:
@@ -83,6 +73,25 @@ class Host:
     def _lora_live(self) -> list[Any]:
         """Returns the adapters that act beside the parameters now."""
         return [adapter for adapter in self._modules[INNER]._modules.values() if adapter.live]  # type: ignore[attr-defined]
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.lora_names:
+            raise StateError(
+                f"{name} cannot be taken from a module that carries adapters (parametrize does so before it wraps): "
+                "parametrize first and inject then, or uninject"
+            )
+        super().__delattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # A merged host that is cast or moved takes the originals along, or unmerge would give back the old ones.
+        kept = self.adapters.kept
+        for key, way in list(kept.items()):
+            kept[key] = way.secured(self, key)
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        with torch.no_grad():
+            for way in kept.values():
+                way.apply(fn)
+        return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         merged = [name for name in self.adapters.kept if prefix + name in state_dict]
@@ -116,6 +125,9 @@ def base_tensor(module: nn.Module, name: str) -> Any:
 def effective(host: Any, name: str) -> Any:
     """Returns W + delta over the live adapters, rounded once to W's dtype; W itself where there are none."""
     base = base_tensor(host, name)
+    if hasattr(base, "device_mesh"):
+        # FSDP looks for its shard here between two forwards; inside, `_parameters` holds the whole weight.
+        return base
     total: Any = None
     for adapter in host._lora_live():
         update = adapter.reading(host, name)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .commit import all_or_nothing
+from .config import check_option
 from .errors import StateError
 from .host import Host
-from .merging import Merged, merge_host, unmerge_host
+from .merging import ENOUGH, Merged, MergeOptions, merge_host, shared_parameters, unmerge_host
 from .refs import AdapterRef, adapters, by_host, pick
 from .tables import percent, table
-from .tree import tied, walk
+from .tree import walk
+
+
+class RoundingWarning(UserWarning):
+    """A merged weight is stored in a dtype that keeps too little of the update."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,6 +35,28 @@ class MergeReport:
         """Paths of parameters that were shared and have memory of their own while merged."""
         return tuple(row.path for row in self.rows if row.untied)
 
+    @property
+    def lossy(self) -> tuple[Merged, ...]:
+        """The parameters that keep less than 90 % of their update."""
+        return tuple(row for row in self.rows if row.survives < ENOUGH)
+
+    @property
+    def advice(self) -> str:
+        """What to do about the lossy parameters, or an empty string."""
+        if not self.lossy:
+            return ""
+        worst = min(self.lossy, key=lambda row: row.survives)
+        return (
+            f"{len(self.lossy)} of {len(self)} merged parameters keep less than {percent(ENOUGH)} of their update "
+            f"after rounding, {worst.path} only {percent(max(0.0, worst.survives))}: merge with dtype=torch.float32 to "
+            "store them wider, merge into a float32 copy of the base, or keep the adapter unmerged"
+        )
+
+    @property
+    def kept(self) -> int:
+        """Bytes held for `unmerge`."""
+        return sum(row.kept for row in self.rows)
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -39,7 +68,8 @@ class MergeReport:
 
     def __str__(self) -> str:
         headers = ("parameter", "adapters", "|dW|/|W|", "survives", "largest error", "note")
-        return table(headers, [_cells(row) for row in self.rows])
+        parts = [table(headers, [_cells(row) for row in self.rows]), self.advice]
+        return "\n\n".join(filter(None, parts))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as values that JSON can hold."""
@@ -48,11 +78,18 @@ class MergeReport:
 
 def _cells(row: Merged) -> tuple[object, ...]:
     relative = "-" if row.relative is None else row.relative
-    note = "untied" if row.untied else "created" if row.created else ""
-    return (row.path, "+".join(row.adapters), relative, percent(row.survives), row.error, note)
+    flags = {"untied": row.untied, "created": row.created, "widened": row.widened}
+    note = ", ".join(flag for flag, is_set in flags.items() if is_set)
+    return (row.path, "+".join(row.adapters), relative, percent(max(0.0, row.survives)), row.error, note)
 
 
-def merge(model: nn.Module, *names: str) -> MergeReport:
+def merge(
+    model: nn.Module,
+    *names: str,
+    keep: str = "residual",
+    dtype: torch.dtype | None = None,
+    accumulate: torch.dtype = torch.float32,
+) -> MergeReport:
     """Writes W + delta into the weights of every host, for inference without extra cost; `unmerge` takes it back.
 
     The sum over all merged adapters is formed in float32 or wider and rounded once to the weight's dtype. A parameter
@@ -61,15 +98,25 @@ def merge(model: nn.Module, *names: str) -> MergeReport:
     Args:
         model: a model with adapters.
         *names: the adapters to merge; none means all that are switched on and not merged yet.
+        keep: what `unmerge` goes back by: "residual" (the few elements that subtraction does not give back, and a
+            checksum), "copy" (the whole weight), or "nothing" (there is no way back).
+        dtype: store the weights that lose more than a tenth of their update to rounding in this wider dtype.
+        accumulate: form updates in float32, or in float64.
 
     Returns:
         A row per parameter: size of the update, how much of it the stored dtype keeps, what was untied.
 
+    Warns:
+        RoundingWarning: a weight keeps less than 90 % of its update.
+
     Raises:
+        ConfigError: an option's value cannot be used.
         StateError: merged already, switched off, disabled or scaled by an open context, unknown, of a whole block
             (which has no weight), or a sum that is not finite in the weight's dtype. Nothing is changed then.
         UnsupportedError: a parameter that is computed, so that nothing can be written into it.
     """
+    for option, value in (("keep", keep), ("dtype", dtype), ("accumulate", accumulate)):
+        check_option(option, value)
     wanted = pick(model, names)
     refs = [ref for ref in adapters(model) if ref.name in wanted]
     if not names:
@@ -78,15 +125,17 @@ def merge(model: nn.Module, *names: str) -> MergeReport:
             raise StateError("nothing to merge: every adapter is merged already or switched off")
     for ref in refs:
         _check_mergeable(ref)
-    nodes = walk(model)
-    shared = tied(nodes)
+    options = MergeOptions(keep=keep, dtype=dtype, accumulate=accumulate, shared=shared_parameters(model))
     rows: list[Merged] = []
     with all_or_nothing() as undo:
         for group in by_host(refs):
             host: Any = group[0].module
             held = dict.fromkeys((*host.adapters.merged_names(), *(ref.name for ref in group)))
-            rows += merge_host(host, group[0].host_path, tuple(held), shared, undo)
-    return MergeReport(tuple(rows))
+            rows += merge_host(host, group[0].host_path, tuple(held), options, undo)
+    report = MergeReport(tuple(rows))
+    if report.lossy:
+        warnings.warn(report.advice, RoundingWarning, stacklevel=2)
+    return report
 
 
 def _check_mergeable(ref: AdapterRef) -> None:
@@ -95,7 +144,7 @@ def _check_mergeable(ref: AdapterRef) -> None:
         raise StateError(f"{where} is merged already: call lora_inject.unmerge(model) first to merge it anew")
     if not adapter.enabled:
         raise StateError(f"{where} is switched off: activate it first, or merge others by name")
-    if adapter.muted or adapter.factor != 1.0:
+    if adapter.muted or adapter.scalings:
         raise StateError(f"{where} is inside disabled() or scaled(): leave that context, then merge")
     if not adapter.mergeable or not adapter.updates:
         raise StateError(f"{where} acts on a whole block, which has no weight to merge into: keep it unmerged")

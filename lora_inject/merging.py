@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import wide
+from .adapter import Rows, wide
+from .blocks import add_rows, row_blocks, total_rows
 from .commit import Undo
 from .errors import StateError, UnsupportedError
-from .host import Adapters, base_tensor
+from .host import Adapters, Host, base_tensor
+from .keeping import Copy, Kept, Nothing, Replaced, overwrite
+from .residual import InPlace, Residual
+from .tree import held, tied, walk
+
+ENOUGH = 0.9
+"""Share of an update that must survive rounding for a merge to go without a warning."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeOptions:
+    """How a merge works; `li.merge` documents each."""
+
+    keep: str = "residual"
+    dtype: torch.dtype | None = None
+    accumulate: torch.dtype = torch.float32
+    shared: frozenset[tuple[int, str]] = frozenset()
+    """From `shared_parameters`; these get memory of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +43,13 @@ class Merged:
         path: dotted path of the parameter.
         adapters: names of the adapters that it holds now.
         relative: Frobenius norm of the update over that of the weight; None where the host had no such parameter.
-        survives: share of the update's energy that is left after rounding to the stored dtype, at most 1.
+        survives: how much of the update is left after rounding to the stored dtype: the projection of the change that
+            was stored on the update, over the update's own, at most 1.
         error: largest distance of an element from the unrounded sum.
         untied: whether the parameter was shared and got memory of its own.
         created: whether the host had no such parameter before.
+        widened: whether it is stored in a wider dtype than before.
+        kept: bytes held for `unmerge`.
     """
 
     path: str
@@ -37,17 +59,83 @@ class Merged:
     error: float
     untied: bool
     created: bool
+    widened: bool
+    kept: int
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Adds up over blocks what the report says of a parameter."""
+
+    energy: float = 0.0
+    stored: float = 0.0
+    norm: float = 0.0
+    error: float = 0.0
+
+    def add(self, before: Tensor | None, total: Tensor, value: Tensor) -> None:
+        base = torch.zeros_like(total) if before is None else wide(before)
+        change = wide(value) - base
+        self.energy += float(total.double().square().sum())
+        self.stored += float((change.double() * total.double()).sum())
+        self.norm += float(base.double().square().sum())
+        self.error = max(self.error, float((change - total).abs().max()) if total.numel() else 0.0)
+
+    @property
+    def survives(self) -> float:
+        return min(1.0, self.stored / self.energy) if self.energy else 1.0
+
+
+@dataclass(slots=True)
+class _Job:
+    """One parameter of one host to merge into."""
+
+    host: Any
+    key: str
+    where: str
+    updates: list[Rows]
+    sources: list[Any]
+    axes: int
+    options: MergeOptions
+    tally: _Tally = field(default_factory=_Tally)
+
+    def value(self, before: Tensor | None, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Returns merged rows, rounded once, and the update that is in them."""
+        total = total_rows(self.updates, rows)
+        value = torch.empty(total.shape, dtype=dtype, device=total.device)
+        add_rows(before, total, value)
+        bad = ~torch.isfinite(value) if before is None else ~torch.isfinite(value) & torch.isfinite(before)
+        if bad.any():
+            raise StateError(
+                f"{self.where}: {int(bad.sum())} merged elements or more are not finite in {dtype}: the adapter holds "
+                "NaN or infinity, or the sum overflows; nothing was merged. Check the adapter's parameters, or cast "
+                "the base to a wider dtype"
+            )
+        self.tally.add(before, total, value)
+        return value, total
+
+
+def shared_parameters(model: nn.Module) -> frozenset[tuple[int, str]]:
+    """Returns the parameters that are shared with other modules, as they are without any merge."""
+    nodes = walk(model)
+    originals = [
+        (node.module, key, way.parameter)
+        for node in nodes
+        if isinstance(node.module, Host)
+        for key, way in node.module.adapters.kept.items()
+        if isinstance(way, Replaced) and way.parameter is not None
+    ]
+    return tied((*held(nodes), *originals))
 
 
 @torch.no_grad()
-def merge_host(host: Any, path: str, names: Sequence[str], shared: set[tuple[int, str]], undo: Undo) -> list[Merged]:
+def merge_host(host: Any, path: str, names: Sequence[str], options: MergeOptions, undo: Undo) -> list[Merged]:
     """Writes original + sum of updates, rounded once, into the host's parameters, and marks the adapters merged.
 
     Args:
         host: the module with the adapters.
         path: its path, for errors and the report.
         names: all adapters that its parameters hold afterwards, those merged before included.
-        shared: parameters that share memory with others, from `tree.tied`; they get memory of their own.
+        options: what to keep, and how to round.
         undo: takes what gives the former values back.
 
     Raises:
@@ -55,132 +143,151 @@ def merge_host(host: Any, path: str, names: Sequence[str], shared: set[tuple[int
         StateError: the sum is not finite in the stored dtype.
     """
     inner: Adapters = host.adapters
-    totals: dict[str, Tensor] = {}
-    held = inner.of(names)
-    for adapter in held:
-        for key, update in adapter.delta(host).items():
-            totals[key] = totals[key] + update if key in totals else update
+    if inner.kept:
+        unmerge_host(host, undo)
+    members = inner.of(names)
+    sources = [
+        copy.deepcopy(adapter).to(options.accumulate) if _widen(adapter, options) else copy.deepcopy(adapter)
+        for adapter in members
+    ]
     rows = []
-    for key, total in totals.items():
-        original = inner.kept[key] if key in inner.kept else base_tensor(host, key)
-        where = f"{path}.{key}" if path else key
-        if key not in host._parameters:
-            raise UnsupportedError(
-                f"{where} is computed from other parameters (weight_norm, parametrize), so nothing can be merged into "
-                "it: remove the parametrization first, or keep the adapter unmerged"
-            )
-        dtype = base_tensor(host, host.lora_names[0]).dtype
-        value = (total if original is None else wide(original) + total).to(dtype)
-        _check_finite(where, value, original)
-        rows.append(_row(where, names, value, original, total, (id(host), key) in shared))
-        _write(host, key, value, rows[-1].untied, undo)
-    for adapter in held:
+    for key in dict.fromkeys(key for source in sources for key in source.delta_names(host)):
+        job = _job(host, key, f"{path}.{key}" if path else key, sources, options)
+        kept = _merge_parameter(job, undo)
+        rows.append(_row(job, names, kept))
+    for adapter in members:
         undo(partial(setattr, adapter, "merged", adapter.merged))
         adapter.merged = True
     return rows
 
 
-def _check_finite(where: str, value: Tensor, original: Tensor | None) -> None:
-    bad = ~torch.isfinite(value)
-    if original is not None:
-        bad &= torch.isfinite(original)
-    if bad.any():
-        raise StateError(
-            f"{where}: {int(bad.sum())} merged elements are not finite in {value.dtype}: the adapter holds NaN or "
-            "infinity, or the sum overflows; nothing was merged. Check the adapter's parameters, or cast the base to "
-            "a wider dtype"
+def _widen(adapter: Any, options: MergeOptions) -> bool:
+    return options.accumulate == torch.float64 and next(adapter.parameters()).dtype != torch.float64
+
+
+def _job(host: Any, key: str, where: str, sources: list[Any], options: MergeOptions) -> _Job:
+    if key not in host._parameters:
+        raise UnsupportedError(
+            f"{where} is computed from other parameters (weight_norm, parametrize), so nothing can be merged into it: "
+            "remove the parametrization first, or keep the adapter unmerged"
         )
+    using = [source for source in sources if key in source.delta_names(host)]
+    axes = using[0].row_axes if key == using[0].updates[0] else 1
+    return _Job(host, key, where, [source.delta_rows(host, key) for source in using], using, axes, options)
 
 
-def _row(
-    where: str, names: Sequence[str], value: Tensor, original: Tensor | None, total: Tensor, shared: bool
-) -> Merged:
-    before = torch.zeros_like(total) if original is None else wide(original)
-    miss = (wide(value) - before) - total
-    energy = float(total.double().square().sum())
-    norm = float(before.double().square().sum()) ** 0.5
-    return Merged(
-        path=where,
-        adapters=tuple(names),
-        relative=energy**0.5 / norm if norm else None,
-        survives=1 - float(miss.double().square().sum()) / energy if energy else 1.0,
-        error=float(miss.abs().max()) if miss.numel() else 0.0,
-        untied=shared and original is not None,
-        created=original is None,
-    )
-
-
-def _write(host: Any, key: str, value: Tensor, untie: bool, undo: Undo) -> None:
-    kept, current = host.adapters.kept, host._parameters[key]
-    if key in kept:
-        undo(partial(_copy, current, current.detach().clone()))
-        current.copy_(value)
-        return
-    undo(partial(_put_back, host, key, current))
-    if current is None or untie:
-        trains = host._parameters[host.lora_names[0]].requires_grad if current is None else current.requires_grad
-        kept[key] = current
-        host._parameters[key] = nn.Parameter(value, requires_grad=trains)
+def _merge_parameter(job: _Job, undo: Undo) -> Kept:
+    """Merges one parameter the way that its state and the options ask for."""
+    current, options = job.host._parameters[job.key], job.options
+    if current is None or (id(job.host), job.key) in options.shared:
+        return _replace(job, current, base_tensor(job.host, job.host.lora_names[0]).dtype, undo)
+    flat = current.detach().flatten(0, job.axes - 1)
+    in_place = flat.data_ptr() == current.data_ptr()
+    if options.keep == "copy" or current.dim() < 2 or not in_place:
+        kept: Kept = _copy(job, current, undo)
     else:
-        kept[key] = current.detach().clone()
-        current.copy_(value)
+        kept = _residual(job, current, flat, undo)
+    if options.dtype is not None and job.tally.survives < ENOUGH and options.dtype.itemsize > current.element_size():
+        kept.restore(job.host, job.key, undo)
+        job.host.adapters.kept.pop(job.key)
+        job.tally = _Tally()
+        kept = _replace(job, current, options.dtype, undo)
+    return kept
 
 
-@torch.no_grad()
-def _copy(parameter: Tensor, value: Tensor) -> None:
-    parameter.copy_(value)
+def _replace(job: _Job, current: nn.Parameter | None, dtype: torch.dtype, undo: Undo) -> Kept:
+    """Gives the host a Parameter of its own that holds the sum."""
+    if current is None:
+        value, _ = job.value(None, slice(None), dtype)
+        trains = job.host._parameters[job.host.lora_names[0]].requires_grad
+    else:
+        flat = current.detach().flatten(0, job.axes - 1)
+        blocks = row_blocks(current.shape, job.axes)
+        value = torch.cat([job.value(flat[rows], rows, dtype)[0] for rows in blocks]).reshape(current.shape)
+        trains = current.requires_grad
+    kept = Replaced(current)
+    _keep(job, kept, undo)
+    kept_before = partial(job.host._parameters.__setitem__, job.key, current)
+    undo(kept_before)
+    job.host._parameters[job.key] = nn.Parameter(value, requires_grad=trains)
+    return kept
 
 
-def _put_back(host: Any, key: str, before: nn.Parameter | None) -> None:
-    """Undoes `_write`: nothing if it never came to keep the original."""
-    if key in host.adapters.kept:
-        original = host.adapters.kept.pop(key)
-        if host._parameters[key] is before and original is not None:
-            _copy(host._parameters[key], original)
-        host._parameters[key] = before
+def _copy(job: _Job, current: nn.Parameter, undo: Undo) -> Kept:
+    """Writes the sum in place and keeps a copy of the original."""
+    kept = Copy(current.detach().clone())
+    flat = kept.tensor.flatten(0, job.axes - 1)
+    blocks = row_blocks(current.shape, job.axes)
+    value = torch.cat([job.value(flat[rows], rows, current.dtype)[0] for rows in blocks]).reshape(current.shape)
+    _keep(job, kept, undo)
+    undo(partial(overwrite, current, kept.tensor))
+    overwrite(current, value)
+    return kept
+
+
+def _residual(job: _Job, current: nn.Parameter, flat: Tensor, undo: Undo) -> Kept:
+    """Writes the sum in place, block by block, and keeps what subtraction would not give back."""
+    kept = Residual(job.sources, current.shape, job.axes)
+    writer = InPlace(flat, kept.blocks)
+    kept.prove(flat)
+    undo(lambda: writer.back(lambda position: kept.recover(flat, job.updates, position)))
+    for position, rows in enumerate(kept.blocks):
+        before = flat[rows].clone()
+        value, total = job.value(before, rows, current.dtype)
+        kept.note(before, value, total)
+        writer.write(position, value)
+    found: Kept = Nothing() if job.options.keep == "nothing" else kept
+    _keep(job, found, undo)
+    return found
+
+
+def _keep(job: _Job, kept: Kept, undo: Undo) -> None:
+    undo(partial(job.host.adapters.kept.pop, job.key, None))
+    job.host.adapters.kept[job.key] = kept
+
+
+def _row(job: _Job, names: Sequence[str], kept: Kept) -> Merged:
+    tally, before = job.tally, kept.parameter if isinstance(kept, Replaced) else job.host._parameters[job.key]
+    widened = before is not None and before.dtype != job.host._parameters[job.key].dtype
+    return Merged(
+        path=job.where,
+        adapters=tuple(names),
+        relative=(tally.energy / tally.norm) ** 0.5 if tally.norm else None,
+        survives=tally.survives,
+        error=tally.error,
+        untied=before is not None and (id(job.host), job.key) in job.options.shared,
+        created=before is None,
+        widened=widened,
+        kept=kept.size,
+    )
 
 
 @torch.no_grad()
 def unmerge_host(host: Any, undo: Undo) -> None:
-    """Gives every parameter that a merge wrote its original bits back, and marks the adapters unmerged."""
+    """Gives every parameter that a merge wrote its original bits back, and marks the adapters unmerged.
+
+    Raises:
+        StateError: the original is gone or cannot be proven.
+    """
     inner: Adapters = host.adapters
-    for key in inner.kept:
-        done: list[str] = []
-        undo(partial(_swap_back, host, key, done))
-        _swap(host, key)
-        done.append(key)
-    kept, merged = dict(inner.kept), [adapter for adapter in inner.values() if adapter.merged]
-    undo(partial(_mark, inner, kept, merged))
+    for key, kept in inner.kept.items():
+        kept.restore(host, key, undo)
+    merged = [adapter for _, adapter in inner.named() if adapter.merged]
+    undo(partial(_mark, inner, dict(inner.kept), merged))
     inner.kept.clear()
     for adapter in merged:
-        adapter.merged = False  # type: ignore[assignment]
+        adapter.merged = False
 
 
-def _swap(host: Any, key: str) -> None:
-    """Exchanges what a parameter holds with what was kept of it; twice is nothing."""
-    kept, current = host.adapters.kept, host._parameters[key]
-    if kept[key] is None or isinstance(kept[key], nn.Parameter):
-        host._parameters[key], kept[key] = kept[key], current
-    else:
-        written = current.detach().clone()
-        current.copy_(kept[key])
-        kept[key].copy_(written)
-
-
-@torch.no_grad()
-def _swap_back(host: Any, key: str, done: list[str]) -> None:
-    if done:
-        _swap(host, key)
-
-
-def _mark(inner: Adapters, kept: dict[str, Tensor | None], merged: Sequence[nn.Module]) -> None:
+def _mark(inner: Adapters, kept: dict[str, Kept], merged: Sequence[Any]) -> None:
     inner.kept.update(kept)
     for adapter in merged:
-        adapter.merged = True  # type: ignore[assignment]
+        adapter.merged = True
 
 
-def bake_host(host: Any, undo: Undo) -> None:
-    """Makes what is merged the base: the originals are let go."""
+def bake_host(host: Any, undo: Undo) -> list[str]:
+    """Makes what is merged the base: the ways back are let go. Returns the parameters that the merge created."""
     kept = dict(host.adapters.kept)
     undo(partial(host.adapters.kept.update, kept))
     host.adapters.kept.clear()
+    return [key for key, way in kept.items() if isinstance(way, Replaced) and way.parameter is None]

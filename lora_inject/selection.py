@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch.nn.utils.parametrize import ParametrizationList
+
 from .adapter import Adapter
 from .host import base_class
 from .registry import adapter_for, adapter_for_parameter, by_kind
@@ -85,6 +87,9 @@ class Selection:
     ) -> Iterator[Candidate]:
         """Yields the parameters that come with the module (its parts), and those that a pattern selects by path."""
         parameters: dict[str, Any] = node.module._parameters
+        if isinstance(node.module, ParametrizationList):
+            # The weight that they compute is the site, on the module that is parametrized.
+            return
         for name, parameter in parameters.items():
             if parameter is None:
                 continue

@@ -13,11 +13,11 @@ from .adapter import Adapter
 from .commit import Undo, all_or_nothing
 from .errors import StateError, UnsupportedError
 from .host import attach, class_for, detach, is_outermost, restorer
-from .merging import bake_host, merge_host, unmerge_host
+from .merging import MergeOptions, bake_host, merge_host, shared_parameters, unmerge_host
 from .plan import Plan, plan
 from .refs import AdapterRef, adapters, by_host, pick
 from .sites import Site
-from .tree import Node, tied, walk
+from .tree import Node, walk
 
 FROZEN = "_lora_inject_frozen"
 """Attribute of a module that names its parameters that trained before the injection."""
@@ -90,16 +90,19 @@ def insert(model: nn.Module, planned: Plan, built: list[Adapter]) -> None:
 
 
 def _freeze(nodes: list[Node], undo: Undo) -> None:
-    for node in nodes:
-        trained = [name for name, p in node.module._parameters.items() if p is not None and p.requires_grad]
-        if not trained:
-            continue
-        module = node.module
-        known = module.__dict__.get(FROZEN, ())
-        undo(partial(_thaw, module, trained, known))
-        module.__dict__[FROZEN] = tuple(dict.fromkeys((*known, *trained)))
-        for name in trained:
-            module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
+    # Looked up for all before the first is frozen: a tied parameter is marked in each of its modules.
+    trained = [(node.module, _training(node.module)) for node in nodes]
+    for module, names in trained:
+        if names:
+            known = module.__dict__.get(FROZEN, ())
+            undo(partial(_thaw, module, names, known))
+            module.__dict__[FROZEN] = tuple(dict.fromkeys((*known, *names)))
+            for name in names:
+                module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
+
+
+def _training(module: nn.Module) -> list[str]:
+    return [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
 
 
 def _thaw(module: nn.Module, names: list[str] | tuple[str, ...], mark: tuple[str, ...] = ()) -> None:
@@ -130,10 +133,10 @@ def uninject(model: nn.Module, name: str | None = None, *, keep_merged: bool = F
     names = pick(model, () if name is None else (name,))
     refs = [ref for ref in adapters(model) if ref.name in names]
     _check_removable(refs, keep_merged)
-    shared = tied(walk(model))
+    options = MergeOptions(shared=shared_parameters(model))
     with all_or_nothing() as undo:
         for group in by_host(refs):
-            _settle(group[0], names, keep_merged, shared, undo)
+            _settle(group[0], names, keep_merged, options, undo)
             undo(restorer(group[0].module))
         for ref in refs:
             detach(ref.module, ref.name, ref.adapter.parameter)
@@ -155,22 +158,29 @@ def _check_removable(refs: list[AdapterRef], keep_merged: bool) -> None:
             )
 
 
-def _settle(ref: AdapterRef, leaving: tuple[str, ...], keep: bool, shared: set[tuple[int, str]], undo: Undo) -> None:
+def _settle(ref: AdapterRef, leaving: tuple[str, ...], keep: bool, options: MergeOptions, undo: Undo) -> None:
     """Brings the host's parameters to what they must be once some adapters leave."""
     host: Any = ref.module
     path, merged = ref.host_path, host.adapters.merged_names()
     staying = [name for name in merged if name not in leaving]
     if not merged or merged == staying:
         return
-    if keep and not staying:
-        bake_host(host, undo)
-        return
-    unmerge_host(host, undo)
+    if not keep or staying:
+        unmerge_host(host, undo)
     if keep:
-        merge_host(host, path, [name for name in merged if name in leaving], shared, undo)
-        bake_host(host, undo)
+        if staying:
+            merge_host(host, path, [name for name in merged if name in leaving], options, undo)
+        _adopt(host, bake_host(host, undo), undo)
     if staying:
-        merge_host(host, path, staying, shared, undo)
+        merge_host(host, path, staying, options, undo)
+
+
+def _adopt(host: Any, created: list[str], undo: Undo) -> None:
+    """Marks parameters that a merge created as trained before if the weight was."""
+    mark = host.__dict__.get(FROZEN, ())
+    if created and host.lora_names[0] in mark:
+        undo(partial(host.__dict__.__setitem__, FROZEN, mark))
+        host.__dict__[FROZEN] = (*mark, *created)
 
 
 def _thaw_all(model: nn.Module, undo: Undo) -> None:

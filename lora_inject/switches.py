@@ -14,9 +14,8 @@ from .config import check_option
 from .errors import StateError
 from .host import Host
 from .merge import merged_hosts
-from .merging import merge_host, unmerge_host
+from .merging import MergeOptions, merge_host, shared_parameters, unmerge_host
 from .refs import adapters, pick
-from .tree import tied, walk
 
 
 def disabled(model: nn.Module, *names: str) -> AbstractContextManager[None]:
@@ -50,12 +49,12 @@ def _disabled(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
     finally:
         for ref in refs:
             ref.adapter.muted -= 1
-        shared = tied(walk(model)) if merged else set()
+        options = MergeOptions(shared=shared_parameters(model) if merged else frozenset())
         with all_or_nothing() as undo:
             for path, host in merged.items():
                 held = [name for name in before[path] if isinstance(host, Host) and host.adapters.of([name])]
                 if held:
-                    merge_host(host, path, held, shared, undo)
+                    merge_host(host, path, held, options, undo)
 
 
 def scaled(model: nn.Module, factor: float, *names: str) -> AbstractContextManager[None]:
@@ -83,11 +82,13 @@ def _scaled(model: nn.Module, factor: float, names: tuple[str, ...]) -> Iterator
     before = [(ref.adapter, ref.adapter.factor) for ref in refs]
     for adapter, old in before:
         adapter.factor = old * factor
+        adapter.scalings += 1
     try:
         yield
     finally:
         for adapter, old in before:
             adapter.factor = old
+            adapter.scalings -= 1
 
 
 class activate:

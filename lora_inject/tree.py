@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,23 +81,33 @@ def walk(model: nn.Module) -> list[Node]:
     return list(found.nodes.values())
 
 
-def tied(nodes: Iterable[Node]) -> set[tuple[int, str]]:
-    """Returns (id of module, parameter name) of every parameter that shares memory with one held elsewhere."""
-    holders: dict[int, list[tuple[int, int, int, str]]] = defaultdict(list)
+Held = tuple[nn.Module, str, torch.Tensor]
+"""A parameter with the module and the name that it is held under."""
+
+
+def held(nodes: Iterable[Node]) -> Iterator[Held]:
+    """Yields every parameter once for each module that holds it."""
     for node in nodes:
         for name, parameter in node.module._parameters.items():
             if parameter is not None:
-                storage, start, end = _extent(parameter)
-                holders[storage].append((start, end, id(node.module), name))
+                yield node.module, name, parameter
+
+
+def tied(parameters: Iterable[Held]) -> frozenset[tuple[int, str]]:
+    """Returns (id of module, parameter name) of every parameter that shares memory with one held elsewhere."""
+    holders: dict[int, list[tuple[int, int, int, str]]] = defaultdict(list)
+    for module, name, parameter in parameters:
+        storage, start, end = _extent(parameter)
+        holders[storage].append((start, end, id(module), name))
     found: set[tuple[int, str]] = set()
     for group in holders.values():
         group.sort()
-        for i, (_, end, module, name) in enumerate(group):
+        for i, (_, end, holder, name) in enumerate(group):
             for start, _, other, other_name in group[i + 1 :]:
                 if start >= end:
                     break
-                found |= {(module, name), (other, other_name)}
-    return found
+                found |= {(holder, name), (other, other_name)}
+    return frozenset(found)
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int, int]:

@@ -172,22 +172,21 @@ def test_in_another_thread_everything_works_too():
 
 
 @pytest.mark.parametrize("how", ["own-handler", "ignored"])
-def test_a_handler_that_the_program_set_is_asked_in_place_of_raising(how):
+def test_a_handler_that_the_program_set_is_asked_in_place_of_raising(how, tmp_path):
     """Training loops set a handler that stops at the end of the step; background jobs ignore Ctrl-C."""
-    seen = []
-    mine = signal.SIG_IGN if how == "ignored" else lambda *args: seen.append(1)
-    before = signal.signal(signal.SIGINT, mine)
+    make, call = CALLS["inject"]
+    total, seen = _lines(make, call, tmp_path), []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if how == "ignored" else lambda *args: seen.append(1))
     try:
-        model = text()
-
-        def inside(frame) -> bool:
-            return signal.getsignal(signal.SIGINT) is not mine
-
-        with Lines(40, lambda: os.kill(os.getpid(), signal.SIGINT), inside):
-            li.inject(model, "*", rank=2)
-        assert seen == ([] if how == "ignored" else [1])
-        assert signal.getsignal(signal.SIGINT) is mine
-        assert len(list(li.adapters(model))) == 4
+        for stop in range(1, total, total // 40):
+            model = make(tmp_path)
+            seen.clear()
+            with Lines(stop, lambda: os.kill(os.getpid(), signal.SIGINT)):
+                call(model, tmp_path)
+            assert seen == ([] if how == "ignored" else [1])
+            assert len(list(li.adapters(model))) == 3
+    except KeyboardInterrupt:
+        pytest.fail("KeyboardInterrupt in place of the program's own handler")
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Layout
 from ..config import SiteConfig
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from ..registry import register
 from ..tree import INNER
 
@@ -57,7 +57,7 @@ class BlockAdapter(Adapter):
         if "example" in extras:
             columns, rows = _measure(module, extras["example"])
         elif "in_features" in extras and "out_features" in extras:
-            columns, rows = extras["in_features"], extras["out_features"]
+            columns, rows = (_size(name, extras[name]) for name in ("in_features", "out_features"))
         else:
             raise UnsupportedError("a block needs its sizes: give in_features and out_features, or example=a tensor")
         shapes: Layout = {"lora_A": (config.rank, columns), "lora_B": (rows, config.rank)}
@@ -90,6 +90,12 @@ class BlockAdapter(Adapter):
     def delta(self, host: Any) -> dict[str, Tensor]:
         """Returns {}: no parameter of the block is updated."""
         return {}
+
+
+def _size(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1")
+    return value
 
 
 def _steps(host: Any) -> Iterator[nn.Module]:

@@ -57,8 +57,10 @@ class ConvTransposeAdapter(FactoredAdapter):
                 'for this one with factorization="pointwise"'
             )
         shapes = super().layout(module, config, extras)
-        outputs: Any = module.out_channels
-        return shapes | ({"lora_A_bias": (outputs,)} if config.bias else {})
+        if config.bias:
+            outputs: Any = module.out_channels
+            shapes["lora_A_bias"] = (outputs,)
+        return shapes
 
     @classmethod
     def factors(cls, config: SiteConfig, weight: tuple[int, ...]) -> Layout:

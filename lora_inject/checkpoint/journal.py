@@ -33,6 +33,7 @@ class Journal:
         self.out, self.work, self.binding = out, out / WORK, binding
         self.files = self.work / "files"
         self.lock: int | None = None
+        self.made = False
 
     def create(self, name: str) -> int:
         """Opens a temporary file for reading and writing and returns its number."""
@@ -97,15 +98,22 @@ class Journal:
                 "pass overwrite=True (--overwrite) to drop it, or choose another folder"
             )
         check_free(self.out, overwrite)
-        self.out.mkdir(parents=True, exist_ok=True)
         if self.work.exists():
             self._take()
             shutil.rmtree(self.work)
+        try:
+            self._make()
+        except OSError:
+            self.discard()
+            raise
+        return False
+
+    def _make(self) -> None:
+        self.made = not self.out.exists()
         self.files.mkdir(parents=True)
         self._take()
         _write(self.work / STATE, json.dumps({"binding": self.binding, "publish": None}).encode())
         sync_folder(self.out)
-        return False
 
     def _take(self) -> None:
         """Makes sure that no other process works here; the system ends the lock with the process."""
@@ -151,15 +159,19 @@ class Journal:
         (self.work / STATE).unlink()
         shutil.rmtree(self.work)
 
+    def discard(self) -> None:
+        """Removes the working folder, and the output folder if this process made it and nothing else is in it."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        if self.made and self.out.is_dir() and not any(self.out.iterdir()):
+            self.out.rmdir()
+
     def drop_if_empty(self) -> None:
         """After an error: removes the working folder, and the output folder, unless complete shards are in it."""
         if not self.work.is_dir() or any(place.suffix == ".safetensors" for place in self.files.iterdir()):
             return
         state = self.state()
         if state is None or not state["publish"]:
-            shutil.rmtree(self.work, ignore_errors=True)
-            if not any(self.out.iterdir()):
-                self.out.rmdir()
+            self.discard()
 
 
 def check_free(out: Path, overwrite: bool) -> None:

@@ -104,9 +104,9 @@ class CheckpointPlan:
         """Returns a hash of all that decides the output: headers, sizes and times of the files, weights, dtypes."""
         digest = hashlib.blake2b(digest_size=16)
         for shard in self.base.shards:
-            digest.update(_stamp(shard.path, shard.data))
+            digest.update(stamp(shard.path, shard.data))
         for entry in self.inputs:
-            digest.update(_stamp(entry.path, entry.file.header.data) + repr(entry.weight).encode())
+            digest.update(stamp(entry.path, entry.file.header.data) + repr(entry.weight).encode())
         for shard_out in self.shards:
             digest.update(hashlib.blake2b(shard_out.head).digest())
         rest = [VERSION, [[p.target.key, dtype_name(p.target.dtype)] for p in self.patches], self.carried, self.untied]
@@ -114,7 +114,8 @@ class CheckpointPlan:
         return digest.hexdigest()
 
 
-def _stamp(path: Path, head: int) -> bytes:
+def stamp(path: Path, head: int) -> bytes:
+    """Returns what tells one state of a file from another: a hash of its first bytes, its size and its time."""
     with path.open("rb") as file:
         state = os.fstat(file.fileno())
         content = hashlib.blake2b(file.read(head)).digest()
@@ -163,7 +164,7 @@ def make_plan(
     Raises:
         LoraInjectError: anything that does not fit, each kind as `merge_checkpoint` lists it.
     """
-    _check_place(base, inputs, out)
+    check_place(base, inputs, out)
     stored = _dtype(dtype)
     names = _names_for(base, inputs)
     updates = read_updates(inputs, names)
@@ -223,7 +224,7 @@ def _needs_ties(base: Base, updates: Sequence[Update]) -> bool:
     return "model_type" in (base.config or {}) and any(may_be_tied(base, count) for count in rows)
 
 
-def _check_place(base: Base, inputs: Sequence[Input], out: Path) -> None:
+def check_place(base: Base, inputs: Sequence[Input], out: Path) -> None:
     """Refuses an output that is, holds or lies in what is read."""
     target, root = out.resolve(), base.root.resolve()
     if target == root or target in root.parents or (root.is_dir() and root in target.parents):

@@ -22,7 +22,7 @@ class CheckpointReport:
 
     Attributes:
         plan: what was to be done; all there is after a dry run.
-        rows: estimates from the middle block of every changed parameter.
+        rows: estimates from some rows in the middle of every changed parameter.
         binding: the hash of the inputs and options that the output is bound to.
         status: "planned", "merged", "continued" (an earlier run had begun) or "complete already".
         seconds: how long this run took.
@@ -54,8 +54,8 @@ class CheckpointReport:
         if self.status == "planned":
             return str(self.plan)
         headers = ("parameter", "adapters", "|dW|/|W|", "survives", "largest error")
-        rows = [(row.path, "+".join(row.adapters), row.relative, percent(row.survives), row.error) for row in self.rows]
-        parts = [table(headers, rows, limit=200), "Estimated from the middle block of each parameter."]
+        rows = [_row(row) for row in self.rows]
+        parts = [table(headers, rows, limit=200), "Estimated from some rows in the middle of each parameter."]
         parts += [advice(self.lost)] if self.lost else []
         parts += [f"Untied: {', '.join(self.plan.untied)}."] if self.plan.untied else []
         parts += [f"Left behind: {', '.join(self.plan.left)}."] if self.plan.left else []
@@ -72,6 +72,11 @@ class CheckpointReport:
             "parameters": [asdict(row) for row in self.rows],
             "plan": self.plan.to_dict(),
         }
+
+
+def _row(row: Sample) -> tuple[object, ...]:
+    relative = "-" if row.relative is None else f"{row.relative:.3g}"
+    return row.path, "+".join(row.adapters), relative, percent(row.survives), row.error
 
 
 def advice(lost: Sequence[Sample]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -13,17 +12,17 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, FormatError
-from ..safefile import BASE_HEADER_LIMIT, parse_json, read_header
-from .base import INDEX, read_base
+from ..safefile import parse_json
+from .base import read_base
 from .carry import REPORTS
+from .finish import publish
 from .inputs import Paths, read_inputs
 from .journal import Journal, check_free
-from .layout import Copy
 from .patching import Sample
 from .plan import CheckpointPlan, all_names, free_space, make_plan
 from .ranks import Ranks, ranks
 from .report import CheckpointReport
-from .stream import Advance, copy_bytes, write_shards
+from .stream import Advance, write_shards
 
 Progress = Callable[[int, int, str], None]
 SPARE = 2**22
@@ -105,14 +104,17 @@ def _run(
     rows = _finished(plan, journal)
     if rows is not None:
         group.agree(None)
+        if group.rank == 0:
+            # What a kill left between the last rename and the end.
+            journal.discard()
         return CheckpointReport(plan, rows, binding, "complete already", time.monotonic() - began)
     continued = group.tell(_attempt(group, lambda: _begin(plan, journal, overwrite)))
     try:
         _write(plan, journal, group, threads, progress)
-        rows = tuple(row for shard in plan.shards for row in journal.measured(shard.name))
+        rows = group.tell(_attempt(group, lambda: _measured(plan, journal)))
         status = "continued" if continued else "merged"
         report = CheckpointReport(plan, rows, binding, status, time.monotonic() - began)
-        _attempt(group, lambda: _publish(plan, journal, report))
+        _attempt(group, lambda: publish(plan, journal, report))
     except BaseException:
         if group.rank == 0:
             journal.drop_if_empty()
@@ -120,6 +122,10 @@ def _run(
     finally:
         journal.release()
     return report
+
+
+def _measured(plan: CheckpointPlan, journal: Journal) -> tuple[Sample, ...]:
+    return tuple(row for shard in plan.shards for row in journal.measured(shard.name))
 
 
 def _attempt(group: Ranks, step: Callable[[], Any]) -> Any:
@@ -183,67 +189,6 @@ def _counter(done: int, total: int, progress: Progress | None) -> Advance:
                 progress(held[0], total, name)
 
     return advance
-
-
-def _publish(plan: CheckpointPlan, journal: Journal, report: CheckpointReport) -> None:
-    """Stages every other file and gives all files their final names."""
-    state = journal.state()
-    if state is not None and state.get("publish"):
-        journal.finish(state)
-        return
-    for name in plan.carried:
-        _carry(plan, journal, name)
-    if plan.base.index is not None:
-        journal.write(plan.base.index_name, _index(plan, journal))
-    if plan.config is not None:
-        journal.write("config.json", plan.config)
-    text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
-    journal.write(REPORTS[0], text.encode("utf-8", "surrogatepass"))
-    journal.write(REPORTS[1], f"{report}\n".encode("utf-8", "surrogatepass"))
-    names = all_names(plan)
-    journal.publish(names, _stale(plan, names))
-
-
-def _carry(plan: CheckpointPlan, journal: Journal, name: str) -> None:
-    assert plan.base.folder is not None
-    source = plan.base.folder / name
-    number = os.open(source, os.O_RDONLY)
-    try:
-        size = os.fstat(number).st_size
-        into = journal.create(name)
-        try:
-            copy_bytes(number, into, Copy(source, 0, 0, size))
-        except BaseException:
-            journal.abandon(name, into)
-            raise
-        journal.complete(name, into)
-    finally:
-        os.close(number)
-
-
-def _index(plan: CheckpointPlan, journal: Journal) -> bytes:
-    """Returns the index, computed from the headers of the files that were written."""
-    assert plan.base.index is not None
-    where: dict[str, str] = {}
-    size = count = 0
-    for shard in plan.shards:
-        header = read_header(journal.files / shard.name, BASE_HEADER_LIMIT)
-        where |= dict.fromkeys(header.tensors, shard.name)
-        size += sum(entry.end - entry.start for entry in header.tensors.values())
-        count += sum(torch.Size(entry.shape).numel() for entry in header.tensors.values())
-    known = plan.base.index.get("metadata")
-    metadata = dict(known) if isinstance(known, dict) else {}
-    metadata["total_size"] = size
-    if "total_parameters" in metadata:
-        metadata["total_parameters"] = count
-    index = dict(plan.base.index) | {"metadata": metadata, "weight_map": where}
-    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode("utf-8", "surrogatepass")
-
-
-def _stale(plan: CheckpointPlan, names: Sequence[str]) -> list[str]:
-    """Returns weights of an older checkpoint in the output folder that would be taken for part of the new one."""
-    found = [place.name for place in plan.out.iterdir() if place.is_file()]
-    return [name for name in found if name.endswith((".safetensors", INDEX)) and name not in names]
 
 
 def _finished(plan: CheckpointPlan, journal: Journal) -> tuple[Sample, ...] | None:

@@ -56,6 +56,7 @@ class _Writer:
             output = _Output(shard, self.journal.create(shard.name))
             self.open.append(output)
             _write_all(output.number, shard.head, 0)
+            self.advance(len(shard.head), shard.name)
             # Held open until all is given, or the first thread could finish the shard before the second has its share.
             output.pending += 1
             for copy in shard.copies:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 
-from .catalog import Architecture, config_class
+from .catalog import Architecture, config_class, model_classes
 from .exceptions import EXCEPTIONS
 from .shrink import shrink
 
@@ -27,6 +28,8 @@ def small_config(architecture: Architecture, narrow: bool) -> Any:
     cls = config_class(architecture)
     exception = EXCEPTIONS.get(architecture.name)
     fields = shrink(cls(**(exception.start if exception else {})).to_dict(), narrow)
+    if narrow and _uses_sections(architecture):
+        split_rotary(fields)
     for path, value in (exception.set if exception else {}).items():
         *parents, name = path.split(".")
         place = fields
@@ -34,6 +37,24 @@ def small_config(architecture: Architecture, narrow: bool) -> Any:
             place = place[parent]
         place[name] = value
     return cls.from_dict(fields)
+
+
+def _uses_sections(architecture: Architecture) -> bool:
+    """Says whether the modeling code splits rotary frequencies into sections for time, height and width."""
+    return any("mrope_section" in inspect.getsource(inspect.getmodule(cls)) for cls in model_classes(architecture))
+
+
+def split_rotary(fields: dict[str, Any]) -> None:
+    """Gives every text part sections that fill its small heads; the code's own default fits its large ones."""
+    rope = fields.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope and "num_attention_heads" in fields:
+        size = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
+        share = rope.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
+        half = int(size * share) // 2
+        rope["mrope_section"] = [half // 4, half // 4 + half // 8, half - half // 2 - half // 8]
+    for value in fields.values():
+        if isinstance(value, dict):
+            split_rotary(value)
 
 
 def build(model_class: Any, config: Any) -> Any:

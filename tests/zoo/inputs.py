@@ -57,6 +57,7 @@ def _groups(known: list[str], mains: list[str], required: list[str]) -> Iterable
 def _repaired(model: Any, inputs: Inputs) -> Generator[Inputs, str, None]:
     """Yields the inputs, then with as many placeholder tokens as the model says that it has features for."""
     wanted: dict[str, int] = {}
+    plain = inputs
     for _ in range(MOST_REPAIRS):
         problem = yield inputs
         told = re.search(r"(\w+) features and (?:\w+ )?tokens do not match\D+(\d+)\D+(\d+)", problem or "")
@@ -66,14 +67,14 @@ def _repaired(model: Any, inputs: Inputs) -> Generator[Inputs, str, None]:
         if wanted.get(kind) == count:
             return
         wanted[kind] = count
-        inputs = placed(model, inputs, wanted)
+        inputs = placed(model, plain, wanted)
 
 
 def placed(model: Any, inputs: Inputs, wanted: dict[str, int]) -> Inputs:
     """Returns the inputs with placeholder tokens for images, videos or sound in each row, text around them."""
     rows = []
     kinds = []
-    plain = inputs["input_ids"][:, :TOKENS]
+    plain = inputs["input_ids"]
     for row in plain:
         pieces, types = [row[:2]], [torch.zeros(2)]
         for number, (kind, count) in enumerate(wanted.items()):
@@ -168,7 +169,7 @@ def patches(config: Any, images: int) -> Tensor:
 
 def _videos(model: Any) -> list[Any]:
     still, clip, *_ = [value for value in _images(model) if value.dim() > 2]
-    return [patches(vision(model.config), 1), clip] if "video_grid_thw" in _takes(model) else [clip, still]
+    return [patches(vision(model.config), ROWS), clip] if "video_grid_thw" in _takes(model) else [clip, still]
 
 
 def _takes(model: Any) -> Iterable[str]:
@@ -210,7 +211,7 @@ MAKERS: dict[str, Callable[[Any], list[Any]]] = {
     "pixel_values": _images,
     "pixel_values_videos": _videos,
     "image_grid_thw": _grid(ROWS),
-    "video_grid_thw": _grid(1),
+    "video_grid_thw": _grid(ROWS),
     "grid_thw": _grid(ROWS),
     "mm_token_type_ids": lambda model: [torch.zeros(ROWS, TOKENS, dtype=torch.long)],
     "input_features": _spectrum,
