@@ -125,8 +125,9 @@ def base_tensor(module: nn.Module, name: str) -> Any:
 def effective(host: Any, name: str) -> Any:
     """Returns W + delta over the live adapters, rounded once to W's dtype; W itself where there are none."""
     base = base_tensor(host, name)
-    if hasattr(base, "device_mesh"):
-        # FSDP looks for its shard here between two forwards; inside, `_parameters` holds the whole weight.
+    if hasattr(base, "device_mesh") or (base is not None and base.is_meta):
+        # FSDP looks for its shard here between two forwards, accelerate for its placeholder; inside, `_parameters`
+        # holds the whole weight.
         return base
     total: Any = None
     for adapter in host._lora_live():

@@ -171,6 +171,12 @@ def _job(host: Any, key: str, where: str, sources: list[Any], options: MergeOpti
             f"{where} is computed from other parameters (weight_norm, parametrize), so nothing can be merged into it: "
             "remove the parametrization first, or keep the adapter unmerged"
         )
+    current = host._parameters[key]
+    if current is not None and current.is_meta:
+        raise UnsupportedError(
+            f"{where} is on the meta device (offloaded, or not loaded yet), so there are no numbers to merge into: "
+            "load the weights first, or merge the checkpoint by the command `lora-inject merge`"
+        )
     using = [source for source in sources if key in source.delta_names(host)]
     axes = using[0].row_axes if key == using[0].updates[0] else 1
     return _Job(host, key, where, [source.delta_rows(host, key) for source in using], using, axes, options)

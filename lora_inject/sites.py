@@ -163,4 +163,12 @@ def _check_tensors(module: nn.Module, names: tuple[str, ...]) -> tuple[torch.dty
         )
     if not tensor.dtype.is_floating_point:
         raise UnsupportedError(f"its weight has dtype {tensor.dtype}: only floating-point weights can be adapted")
-    return tensor.dtype, tensor.device
+    return tensor.dtype, _working_device(module, tensor)
+
+
+def _working_device(module: nn.Module, tensor: Any) -> torch.device:
+    """Returns where the weight is while the module runs: accelerate brings an offloaded one there from elsewhere."""
+    hook = module.__dict__.get("_hf_hook")
+    devices = [getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,))]
+    found = [device for device in devices if device is not None]
+    return torch.device(found[-1]) if tensor.is_meta and found else tensor.device

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .errors import StateError
+from .errors import StateError, UnsupportedError
 from .host import OutputHost
 from .merge import merge, unmerge
 from .refs import AdapterRef, adapters
@@ -143,18 +143,26 @@ def _train_run(
 def _watched(refs: list[AdapterRef], reached: set[int]) -> Iterator[None]:
     """Notes which adapters are asked for their update, by the host's forward or by a reader of its weight."""
 
-    def note(adapter: Adapter, method: Any) -> Any:
-        def asked(*args: Any, **kwargs: Any) -> Any:
-            reached.add(id(adapter))
-            return method(*args, **kwargs)
+    def noted(adapter: Adapter) -> Any:
+        method = adapter.reading
 
-        return asked
+        def reading(host: Any, name: str) -> Tensor | None:
+            update = method(host, name)
+            # A reader of the bias alone, which most adapters leave as it is, has not used the adapter.
+            if update is not None:
+                reached.add(id(adapter))
+            return update
+
+        return reading
+
+    def called(adapter: Adapter) -> Any:
+        return lambda *call: reached.add(id(adapter))
 
     hooks = []
     for ref in refs:
-        ref.adapter.__dict__["reading"] = note(ref.adapter, ref.adapter.reading)
+        ref.adapter.__dict__["reading"] = noted(ref.adapter)
         if isinstance(ref.module, OutputHost):
-            hooks.append(ref.module.register_forward_hook(note(ref.adapter, lambda *call: None)))
+            hooks.append(ref.module.register_forward_hook(called(ref.adapter)))
     try:
         yield
     finally:
@@ -191,7 +199,11 @@ def _merge_error(
     names -= {ref.name for ref in refs if not ref.adapter.mergeable}
     if not names:
         return None
-    merge(model, *names)
+    try:
+        merge(model, *names)
+    except UnsupportedError:
+        # A weight that is computed from others, or offloaded, is right as it is and never merged.
+        return None
     try:
         return _distance(outputs, _run(model, args, kwargs))
     finally:

@@ -18,9 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-PEAK = "import resource; peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024"
+# getrusage would count the memory that the parent had when it started the process.
+PEAK = "peak = int(next(line for line in open('/proc/self/status') if 'VmHWM' in line).split()[1]) * 1024"
 IDLE = f"import json, torch; {PEAK}; print(json.dumps([0.0, peak]))"
 OURS = f"""
 import json, sys, time, torch
@@ -96,7 +98,7 @@ def run_cp(base: Path, out: Path, sync: bool) -> tuple[float, float]:
     return time.perf_counter() - began, 0.0
 
 
-def contenders(folder: Path, shard: str) -> dict[str, object]:
+def contenders(folder: Path, shard: str) -> dict[str, Callable[[], tuple[float, float]]]:
     base, adapter, out = folder / "base", folder / "adapter", folder / "out"
     return {
         "cp -r": lambda: run_cp(base, out, False),
@@ -109,13 +111,11 @@ def contenders(folder: Path, shard: str) -> dict[str, object]:
 def measure(folder: Path, shard: str, rounds: int) -> dict[str, list[tuple[float, float]]]:
     """Returns the results of every contender, run in turn, each from a settled disk."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for name, run in contenders(folder, shard).items():
             shutil.rmtree(folder / "out", ignore_errors=True)
             os.sync()
-            result = run()  # type: ignore[operator]
-            if number:
-                found.setdefault(name, []).append(result)
+            found.setdefault(name, []).append(run())
     return found
 
 
@@ -130,6 +130,8 @@ def compare(folder: Path, shard: str) -> float:
     ours = {k: v for f in sorted((folder / "out").glob("*.safetensors")) for k, v in load_file(f).items()}
     theirs = {k: v for f in sorted((folder / "peft").glob("*.safetensors")) for k, v in load_file(f).items()}
     assert ours.keys() == theirs.keys()
+    base = {k: v for f in sorted((folder / "base").glob("*.safetensors")) for k, v in load_file(f).items()}
+    assert sum(not torch.equal(value, base[key]) for key, value in ours.items()) == sum("proj" in key for key in base)
     worst = 0.0
     for key, value in ours.items():
         scale = value.float().abs().clamp_min(1e-3)

@@ -44,6 +44,7 @@ JOBS = {
     "demo": Job("adapt a real model to real text and show what it brings", "demo", (("scripts/demo.py",),)),
     "lint": Job("format, lint and types", "test", LINT),
     "test": Job("format, lint, types, then pytest", "test", (*LINT, ("-m", "pytest"))),
+    "zoo": Job("take adapters through every transformers architecture", "test", (("-m", "tests.zoo"),)),
 }
 
 

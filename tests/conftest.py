@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_inject import registry
+from lora_inject import blocks, registry
 
 torch.set_num_threads(1)
 
@@ -21,3 +21,9 @@ def clean_registry():
     before = list(registry._classes)
     yield
     registry._classes[:] = before
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Lets a merge cut small weights into several blocks too."""
+    monkeypatch.setattr(blocks, "BLOCK", 600)

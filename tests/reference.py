@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Params = dict[str, Tensor]
+ZERO = torch.zeros((), dtype=torch.float64)
 
 
 def scaling(rank: int, alpha: float | None, rslora: bool = False) -> float:
@@ -80,20 +81,87 @@ def conv(base: nn.Module, p: Params, s: float) -> Params:
     return _pick(weight=s * weight, bias=bias)
 
 
-DELTAS = {"linear": linear, "transposed_linear": transposed_linear, "embedding": embedding, "conv": conv}
+def conv_transpose(base: nn.Module, p: Params, s: float) -> Params:
+    """Every kernel tap of ΔW (in, out / groups, *kernel) is B[tap] A; all groups share A."""
+    if "lora_dense" in p:
+        return _pick(weight=s * p["lora_dense"], bias=s * p["lora_A_bias"] if "lora_A_bias" in p else None)
+    mix = p["lora_A"].flatten(1)
+    weight = torch.einsum("ir...,ro->io...", p["lora_B"], mix)
+    bias = None
+    if "lora_B_bias" in p:
+        bias = s * (torch.cat([mix.T @ p["lora_B_bias"]] * base.groups) + p["lora_A_bias"])
+    return _pick(weight=s * weight, bias=bias)
+
+
+def bilinear(base: nn.Module, p: Params, s: float) -> Params:
+    """y = x1^T (W + s B A) x2 + bias + s (B a + b)."""
+    if "lora_dense" in p:
+        return _pick(weight=s * p["lora_dense"], bias=s * p["lora_B_bias"] if "lora_B_bias" in p else None)
+    weight = torch.einsum("or,rij->oij", p["lora_B"], p["lora_A"])
+    bias = s * (p["lora_B"] @ p["lora_A_bias"] + p["lora_B_bias"]) if "lora_A_bias" in p else None
+    return _pick(weight=s * weight, bias=bias)
+
+
+def parameter(base: nn.Module, p: Params, s: float) -> Params:
+    """W + s B A; for a stack of matrices a pair for each."""
+    if "lora_dense" in p:
+        return {"weight": s * p["lora_dense"]}
+    if p["lora_B"].dim() == 2:
+        return {"weight": s * torch.einsum("or,ri->oi", p["lora_B"], p["lora_A"])}
+    pairs = zip(p["lora_B"], p["lora_A"], strict=True)
+    return {"weight": s * torch.stack([torch.einsum("or,ri->oi", b, a) for b, a in pairs])}
+
+
+DELTAS = {
+    "linear": linear,
+    "transposed_linear": transposed_linear,
+    "embedding": embedding,
+    "embedding_bag": embedding,
+    "conv": conv,
+    "conv_transpose": conv_transpose,
+    "bilinear": bilinear,
+    "parameter": parameter,
+    "attention": parameter,
+    "recurrent": parameter,
+    "recurrent_cell": parameter,
+}
 """The update of the base's parameters, by kind of adapter."""
 
 
-def with_delta(kind: str, base: nn.Module, p: Params, s: float, sign=lambda t: t) -> nn.Module:
-    """Returns a float64 copy of the base with the update written into its parameters."""
-    made = copy.deepcopy(base).double()
-    update = DELTAS[kind](base, {name: sign(t) for name, t in p.items()}, s)
-    for name, parameter in made._parameters.items():
-        if parameter is not None:
-            parameter.data = sign(parameter.data) + update.pop(name, torch.zeros(()))
+def update_of(kind: str, base: nn.Module, p: Params, s: float, name: str | None = None) -> Params:
+    """Returns the update of every parameter of the module; `name` is the parameter that is the site, if one is."""
+    found = DELTAS[kind](base, p, s)
+    return found if name is None else {name: found.pop("weight")} | found
+
+
+@torch.no_grad()
+def with_update(model: nn.Module, at: str, update: Params, sign=lambda t: t) -> nn.Module:
+    """Returns a float64 copy of the model with the update written into the parameters of the module at a path."""
+    made = copy.deepcopy(model).double()
+    for parameter in made.parameters():
+        parameter.data = sign(parameter.data)
+    host = made.get_submodule(at)
     for name, value in update.items():
-        made._parameters[name] = nn.Parameter(value)
+        if host._parameters[name] is None:
+            host._parameters[name] = nn.Parameter(value, requires_grad=False)
+        else:
+            host._parameters[name].data += value
     return made
+
+
+def sensitivity(outputs: tuple[Tensor, ...], leaves: list[Tensor], sizes: list[Tensor]) -> tuple[Tensor, ...]:
+    """Returns for every element of the outputs the sum of |d output / d leaf| · size over all elements of all leaves.
+
+    That is how far the output moves, to first order, when every leaf moves by its size: for what is no sum of products.
+    """
+    found = []
+    for output in outputs:
+        moves = []
+        for element in output.reshape(-1):
+            grads = torch.autograd.grad(element, leaves, retain_graph=True, allow_unused=True)
+            moves.append(sum(((g.abs() * s).sum() for g, s in zip(grads, sizes, strict=True) if g is not None), ZERO))
+        found.append(torch.stack(moves).reshape(output.shape))
+    return tuple(found)
 
 
 def low_rank_path(x: Tensor, p: Params, s: float) -> Tensor:

@@ -78,9 +78,10 @@ def assert_bit_equal(found, wanted):
         assert torch.equal(bits(found[key]), bits(value)), key
 
 
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(("shards", "block"), [(1, 64), (3, 300), (3, 2**18)])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_bit_equal_to_merging_in_memory(tmp_path, dtype, shards):
+def test_bit_equal_to_merging_in_memory(tmp_path, monkeypatch, dtype, shards, block):
+    monkeypatch.setattr(blocks, "BLOCK", block)
     model = Mixed().to(dtype)
     base = write(model, tmp_path / "base", shards)
     adapter = adapt(model, tmp_path / "a.safetensors", 1)
@@ -385,7 +386,7 @@ print(peak() - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_peak_memory_does_not_grow_with_the_checkpoint(tmp_path):
     peaks = []
-    for count in (2, 10):
+    for count in (8, 32):
         model = nn.Sequential(*[nn.Linear(1024, 2048, bias=False) for _ in range(count)]).to(torch.bfloat16)
         base = write(model, tmp_path / f"base{count}")
         adapter = adapt(model, tmp_path / f"{count}.safetensors", 1, ["*"])

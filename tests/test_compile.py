@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract import flat
 from models import fill
 from torch import nn
 from variants import VARIANTS
@@ -14,6 +15,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 MORE = ("linear-own-forward", "linear-biases-on-no-bias", "embedding-padding-biases", "conv-2d-balanced-reflect")
 MORE += ("linear-dense", "linear-rslora")
 KINDS = {variant.kind: variant for variant in reversed(VARIANTS)}
+# dynamo cannot trace torch's recurrent networks.
+KINDS.pop("recurrent")
 CASES = [*KINDS.values(), *(variant for variant in VARIANTS if variant.id in MORE)]
 
 
@@ -42,7 +45,7 @@ class Everything(nn.Module):
         self.parts = nn.ModuleList(variant.model(torch.float32) for variant in CASES)
 
     def forward(self, xs):
-        return [part(x) for part, x in zip(self.parts, xs, strict=True)]
+        return [flat(part(*x))[0] for part, x in zip(self.parts, xs, strict=True)]
 
 
 def test_every_adapter_class_compiles_after_injection_with_its_gradients():

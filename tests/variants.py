@@ -7,63 +7,15 @@ registered class that has neither.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-
-import lora_inject as li
+from variant import Variant, by_keyword
+from variants_more import MORE
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row: how to make the module and its input, and the options of its adapter."""
-
-    kind: str
-    name: str
-    make: Callable[[], nn.Module]
-    input: Callable[[], Tensor]
-    options: dict[str, Any] = field(default_factory=dict)
-    target: dict[str, Any] = field(default_factory=dict)
-    by_keyword: bool = False
-
-    @property
-    def id(self) -> str:
-        return f"{self.kind}-{self.name}"
-
-    def model(self, dtype: torch.dtype) -> Holder:
-        """Returns the same frozen model at every call: freezing alone can change which kernel torch takes."""
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            return Holder(self.make().to(dtype), self.by_keyword).requires_grad_(False)
-
-    def x(self, dtype: torch.dtype) -> Tensor:
-        with torch.random.fork_rng():
-            torch.manual_seed(2)
-            x = self.input()
-        return x.to(dtype) if x.is_floating_point() else x
-
-    def inject(self, model: nn.Module, name: str = "default", **options: Any) -> li.Plan:
-        given = {"rank": 3, "alpha": 4.0, "seed": 0} | self.options | options
-        dtype = next(model.parameters()).dtype
-        own = {key: v.to(dtype) if isinstance(v, Tensor) else v for key, v in self.target.items()}
-        return li.inject(model, li.Target("site", **own), name=name, **given)
-
-
-class Holder(nn.Module):
-    """A model with one site."""
-
-    def __init__(self, site: nn.Module, by_keyword: bool) -> None:
-        super().__init__()
-        self.site = site
-        self.by_keyword = by_keyword
-
-    def forward(self, x: Tensor) -> Any:
-        return self.site(input=x) if self.by_keyword else self.site(x)
 
 
 class PlainSubclass(nn.Linear):
@@ -162,7 +114,7 @@ VARIANTS = [
     _linear("swapped-input", lambda: torch.randn(5, 2, 12).transpose(0, 1)),
     _linear("strided-input", lambda: torch.randn(5, 24)[:, ::2]),
     _linear("expanded-input", lambda: torch.randn(1, 12).expand(5, 12)),
-    _linear("keyword", by_keyword=True),
+    _linear("keyword", call=by_keyword),
     _linear("subclass", cls=PlainSubclass),
     _linear("own-forward", cls=OwnForwardLinear),
     _linear("own-forward-no-bias", cls=OwnForwardLinear, base_bias=False),
@@ -200,7 +152,7 @@ VARIANTS = [
     _embedding("own-forward", cls=ScaledEmbedding),
     _embedding("own-forward-padding", cls=ScaledEmbedding, padding_idx=3, shape=(8, 8), options={"bias": True}),
     _embedding("own-forward-scale-grad", cls=ScaledEmbedding, scale_grad_by_freq=True),
-    _embedding("keyword", by_keyword=True),
+    _embedding("keyword", call=by_keyword),
     _embedding("biases", options={"bias": True}),
     _embedding("dropout", options={"dropout": 0.5}),
     _conv("1d", nn.Conv1d, (2, 4, 9), 4, 6, 3),
@@ -216,7 +168,7 @@ VARIANTS = [
     ),
     _conv("2d-own-forward", OwnForwardConv, (2, 4, 5, 6), 4, 6, 3, padding=1),
     _conv("2d-channels-last", nn.Conv2d, (2, 4, 5, 6), 4, 6, 3, padding=1, channels_last=True),
-    _conv("2d-keyword", nn.Conv2d, (2, 4, 5, 6), 4, 6, 3, by_keyword=True),
+    _conv("2d-keyword", nn.Conv2d, (2, 4, 5, 6), 4, 6, 3, call=by_keyword),
     _conv("2d-dropout", nn.Conv2d, (2, 4, 5, 6), 4, 6, 3, options={"dropout": 0.5}),
     _conv("3d-1x2x3", nn.Conv3d, (2, 2, 4, 5, 6), 2, 3, (1, 2, 3), stride=(1, 2, 1), padding=(0, 1, 2)),
     _block("sizes", target=SIZES),
@@ -252,3 +204,4 @@ for _name, _own in {"same": {"padding": "same"}, "groups": {"groups": 2, "stride
     for _how in ("pointwise", "balanced"):
         _more = {"options": {"factorization": _how, "bias": True}}
         VARIANTS.append(_conv(f"3d-{_how}-{_name}", nn.Conv3d, (2, 2, 4, 5, 4), 2, 4, 3, **_own, **_more))
+VARIANTS += MORE

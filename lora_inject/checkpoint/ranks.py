@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from torch import distributed
+
 from ..errors import LoraInjectError
 from .layout import Shard
 
@@ -37,8 +39,6 @@ class Ranks:
             if error is not None:
                 raise error
             return
-        from torch import distributed
-
         found: list[Any] = [None] * self.count
         distributed.all_gather_object(found, None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
@@ -51,8 +51,6 @@ class Ranks:
         """Returns rank 0's value on every rank."""
         if self.count == 1:
             return value
-        from torch import distributed
-
         held = [value]
         distributed.broadcast_object_list(held, src=0)
         return held[0]
@@ -64,8 +62,6 @@ def ranks() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
-    from torch import distributed
-
     own = not distributed.is_initialized()
     if own:
         distributed.init_process_group("gloo")

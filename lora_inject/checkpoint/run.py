@@ -23,6 +23,7 @@ from .plan import CheckpointPlan, all_names, free_space, make_plan
 from .ranks import Ranks, ranks
 from .report import CheckpointReport
 from .stream import Advance, write_shards
+from .via_model import merge_via_model
 
 Progress = Callable[[int, int, str], None]
 SPARE = 2**22
@@ -78,8 +79,6 @@ def merge_checkpoint(
         raise ConfigError(f"threads={threads!r}: must be a whole number of at least 1")
     target, inputs = Path(out), read_inputs(adapters, weights)
     if via_model:
-        from .via_model import merge_via_model
-
         return merge_via_model(base, inputs, target, dry_run, overwrite, check_base, dtype)
     plan = make_plan(read_base(base), inputs, target, dtype, check_base)
     if dry_run:

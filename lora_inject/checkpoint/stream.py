@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,9 @@ from .patching import WRITE, Sample, Scratch, Work, split
 CHUNK = 2**25
 """Bytes of a raw copy that one thread takes at a time."""
 FLUSH = 2**28
-"""Bytes after which a thread asks the system to start writing to disk, so that the last sync is short."""
+"""Bytes after which a shard is synced on the way, so that its last sync is short."""
+KEEP = 2**24
+"""Bytes of freed memory that the C library is made to keep for the next block."""
 
 _sync = getattr(os, "fdatasync", os.fsync)
 _NOT_HERE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF}
@@ -48,6 +51,7 @@ class _Writer:
         self.lock, self.stop = threading.Lock(), threading.Event()
         self.sources: dict[Path, int] = {}
         self.open: list[_Output] = []
+        self.syncs: queue.SimpleQueue[tuple[_Output, bool] | None] = queue.SimpleQueue()
         self.errors: list[BaseException] = []
         self.work = self._give(shards)
 
@@ -69,7 +73,7 @@ class _Writer:
                     yield output, work
             output.pending -= 1
             if not output.pending:
-                self._finish(output)
+                self.syncs.put((output, True))
 
     def source(self, path: Path) -> int:
         """Returns the base's file, opened once."""
@@ -91,6 +95,20 @@ class _Writer:
         except BaseException as error:
             self.errors.append(error)
             self.stop.set()
+        finally:
+            self.syncs.put(None)
+
+    def sync(self, threads: int) -> None:
+        """Syncs and completes shards, so that no thread waits for the disk, until that many threads are done."""
+        while threads:
+            asked = self.syncs.get()
+            if asked is None:
+                threads -= 1
+            elif asked[1]:
+                self.open.remove(asked[0])
+                self.journal.complete(asked[0].shard.name, asked[0].number, asked[0].samples)
+            else:
+                _sync(asked[0].number)
 
     def _do(self, output: _Output, task: Copy | Work, scratch: Scratch) -> None:
         samples: list[Sample] = []
@@ -103,21 +121,13 @@ class _Writer:
         with self.lock:
             output.samples += samples
             output.unsynced += task.size
-            flush = output.unsynced >= FLUSH
+            output.pending -= 1
+            done, flush = not output.pending, output.unsynced >= FLUSH
             if flush:
                 output.unsynced = 0
-        if flush:
-            _sync(output.number)
+        if done or flush:
+            self.syncs.put((output, done))
         self.advance(task.size, output.shard.name)
-        with self.lock:
-            output.pending -= 1
-            done = not output.pending
-        if done:
-            self._finish(output)
-
-    def _finish(self, output: _Output) -> None:
-        self.open.remove(output)
-        self.journal.complete(output.shard.name, output.number, output.samples)
 
     def close(self) -> None:
         """Closes all files; unfinished shards are removed."""
@@ -142,27 +152,36 @@ def write_shards(shards: Sequence[Shard], journal: Journal, threads: int, advanc
     """
     writer = _Writer(shards, journal, advance)
     workers = [threading.Thread(target=writer.run, name=f"merge-{i}") for i in range(threads)]
+    _keep_memory()
     try:
         with _single_threaded():
-            for worker in workers:
-                worker.start()
-            _join(workers, writer)
+            _work(workers, writer)
+    except OSError as error:
+        raise _explained(error) from error
     finally:
         writer.close()
     if writer.errors:
-        raise _explained(writer.errors[0])
+        raise _explained(writer.errors[0]) from writer.errors[0].__cause__
 
 
-def _join(workers: Sequence[threading.Thread], writer: _Writer) -> None:
+def _work(workers: Sequence[threading.Thread], writer: _Writer) -> None:
+    for worker in workers:
+        worker.start()
     try:
-        for worker in workers:
-            while worker.is_alive():
-                worker.join(0.2)
-    except BaseException:
+        writer.sync(len(workers))
+    finally:
         writer.stop.set()
         for worker in workers:
             worker.join()
-        raise
+
+
+def _keep_memory() -> None:
+    """Lets the C library keep what blocks free.
+
+    It returns freed memory to the system beyond a threshold that follows the largest piece it has seen freed; without
+    this, every block would be paid for in page faults again.
+    """
+    torch.empty(KEEP, dtype=torch.uint8)
 
 
 @contextmanager
@@ -180,12 +199,10 @@ def _explained(error: BaseException) -> BaseException:
     if not isinstance(error, OSError):
         return error
     where = error.filename or "the output"
-    made = FormatError(
+    return FormatError(
         f"{where}: cannot be read or written: {error.strerror or error}. What is complete is kept: mend this and run "
         "the same merge again to continue"
     )
-    made.__cause__ = error
-    return made
 
 
 def _cut(copy: Copy) -> Iterator[Copy]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ def small_config(architecture: Architecture, narrow: bool) -> Any:
 
 def _uses_sections(architecture: Architecture) -> bool:
     """Says whether the modeling code splits rotary frequencies into sections for time, height and width."""
-    return any("mrope_section" in inspect.getsource(inspect.getmodule(cls)) for cls in model_classes(architecture))
+    modules = {cls.__module__ for cls in model_classes(architecture)} & set(sys.modules)
+    return any("mrope_section" in inspect.getsource(sys.modules[name]) for name in modules)
 
 
 def split_rotary(fields: dict[str, Any]) -> None:

@@ -155,6 +155,7 @@ def _images(model: Any) -> list[Any]:
     frames = setting(config, "num_frames", "frames_per_clip", default=4)
     still = random(ROWS, channels, height, width)
     found = [still, random(1, frames, channels, height, width), random(ROWS, 1, channels, height, width)]
+    found.append(random(1, 2, channels, height, width))
     if "image_grid_thw" in _takes(model) or "grid_thw" in _takes(model):
         found.insert(0, patches(config, ROWS))
     return found
@@ -178,7 +179,15 @@ def _takes(model: Any) -> Iterable[str]:
 
 def _spectrum(model: Any) -> list[Any]:
     config = audio(model.config)
-    names = "num_mel_bins input_feat_per_channel input_feat_size feature_size n_mels input_dim n_mel_bins".split()
+    names = [
+        "num_mel_bins",
+        "input_feat_per_channel",
+        "input_feat_size",
+        "feature_size",
+        "n_mels",
+        "input_dim",
+        "n_mel_bins",
+    ]
     bands = setting(config, *names, default=80)
     frames = 2 * setting(config, "max_source_positions", default=32)
     first = random(ROWS, bands, frames)
@@ -199,6 +208,7 @@ def _boxes(model: Any) -> list[Any]:
 def _hidden(model: Any) -> list[Any]:
     width = setting(model.config, "hidden_size", "d_model", "embed_dim", default=64)
     found = [random(ROWS, TOKENS, width), random(ROWS, width, TOKENS)]
+    found.append(random(ROWS, TOKENS, setting(model.config, "input_dim", default=width)))
     return [patches(vision(model.config), ROWS), *found] if "grid_thw" in _takes(model) else found
 
 

@@ -8,6 +8,7 @@ How far two right answers may differ is measured, too, by running that copy with
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,29 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 import lora_inject as li
-from lora_inject.host import base_tensor
 
 from ..snapshot import assert_same, raw, snapshot, values
+from .byhand import Reference, by_hand, carry, jiggle
+from .running import Failure, check, distance, largest, run, run_backward, same
 
 RANK = 2
 ROOM = 1000
 """How many times the effect of a last-bit change in every weight two right answers may lie apart."""
-
-
-HUGE = 1e8
-"""Outputs beyond this are masks, not numbers."""
-
-
-class Failure(Exception):
-    """A promise that does not hold: the step, and what is wrong."""
-
-    def __init__(self, step: str, what: str) -> None:
-        super().__init__(f"{step}: {what}")
-        self.step = step
-        self.what = what
 
 
 @dataclass
@@ -82,7 +70,7 @@ def live(base: nn.Module, inputs: Mapping[str, Any]) -> Life:
     if not same(plain, run(base, inputs)):
         raise Failure("base", "two runs of the base differ in bits, so nothing can be compared")
     model = copy.deepcopy(base).requires_grad_(True)
-    run(model, inputs)
+    check_base(model, inputs)
     before = snapshot(model)
     inject_all(model, life)
     check("identity", same(plain, run(model, inputs)), "outputs of the freshly injected model differ from the base's")
@@ -104,29 +92,36 @@ def live(base: nn.Module, inputs: Mapping[str, Any]) -> Life:
     return life
 
 
-def check(step: str, holds: bool, what: str) -> None:
-    """Raises Failure unless the promise holds."""
-    if not holds:
-        raise Failure(step, what)
+def check_base(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Checks that the model, before it has adapters, has gradients to compare with."""
+    try:
+        _, gradients = run_backward(model, [p for p in model.parameters() if p.is_floating_point()], inputs)
+    except (RuntimeError, AssertionError) as error:
+        raise Failure("base", f"it has no backward pass in eval mode: {error}") from error
+    finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None)
+    check("base", finite, "its gradients are not finite, without any adapter")
 
 
 def inject_all(model: nn.Module, life: Life) -> None:
     """Adapts everything that can be adapted: "default" where a merge can be written, "computed" elsewhere."""
     life.refused = refused(model)
     plan = li.plan(model, "*", rank=RANK, exclude=[literal(path) for path in life.refused])
-    life.computed = [
-        site.path for site in plan if not set(site.adapter_class.touches(site.extras)[:1]) <= set(site.module._parameters)
-    ]
+    life.computed = [site.path for site in plan if is_computed(site)]
     left_out = [literal(path) for path in (*life.refused, *life.computed)]
     life.sites = len(li.inject(model, "*", rank=RANK, exclude=left_out, seed=1))
     if life.computed:
-        life.sites += len(li.inject(model, [literal(path) for path in life.computed], rank=RANK, name="computed", seed=1))
+        targets = [literal(path) for path in life.computed]
+        life.sites += len(li.inject(model, targets, rank=RANK, name="computed", seed=1))
+
+
+def is_computed(site: Any) -> bool:
+    """Says whether the weight of a site is computed from others (weight_norm), so that a merge refuses it."""
+    weights = site.adapter_class.touches(site.extras)[:1]
+    return not set(weights) <= set(site.module._parameters)
 
 
 def literal(path: str) -> str:
     """Returns a pattern that matches this path alone."""
-    import re
-
     return f"re:{re.escape(path)}"
 
 
@@ -166,146 +161,11 @@ def adapter_tensors(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for ref in li.adapters(model) for parameter in ref.adapter.parameters()]
 
 
-def tensors(value: Any, seen: set[int] | None = None) -> list[Tensor]:
-    """Returns every tensor in an output, however it is nested; caches are objects with tensors in them."""
-    seen = set() if seen is None else seen
-    if isinstance(value, Tensor):
-        return [value]
-    if id(value) in seen or isinstance(value, (str, bytes, int, float, type(None), nn.Module, type)):
-        return []
-    seen.add(id(value))
-    if isinstance(value, Mapping):
-        items = list(value.values())
-    elif isinstance(value, (list, tuple)):
-        items = list(value)
-    else:
-        items = list(getattr(value, "__dict__", {}).values())
-    return [tensor for item in items for tensor in tensors(item, seen)]
-
-
-def forward(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Runs the model, with the same random numbers every time, on copies of the inputs."""
-    torch.manual_seed(0)
-    return tensors(model(**copy.deepcopy(dict(inputs))))
-
-
-def run(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Returns the outputs without gradients."""
-    with torch.no_grad():
-        return [tensor.clone() for tensor in forward(model, inputs)]
-
-
-def run_backward(
-    model: nn.Module, wanted: list[Any], inputs: Mapping[str, Any]
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Returns the outputs, and the gradients of a fixed random projection of them."""
-    with torch.enable_grad():
-        outputs = forward(model, inputs)
-        generator = torch.Generator().manual_seed(3)
-        total: Any = 0.0
-        for output in outputs:
-            if output.is_floating_point() and output.requires_grad:
-                weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-                total = total + (usable(output.double()) * weights).sum()
-        if isinstance(total, float):
-            raise Failure("base", "no output depends on the weights in a differentiable way")
-        gradients = torch.autograd.grad(total, wanted, allow_unused=True)
-    return [output.detach() for output in outputs], list(gradients)
-
-
-def usable(tensor: Tensor) -> Tensor:
-    """Returns the tensor with masked-out scores (infinite, or near the largest number of a dtype) set to zero."""
-    return torch.where(torch.isfinite(tensor) & (tensor.abs() < HUGE), tensor, torch.zeros_like(tensor))
-
-
-def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    """Says whether two lists of outputs have the same bits."""
-    return len(one) == len(other) and all(
-        a.shape == b.shape and a.dtype == b.dtype and raw(a) == raw(b) for a, b in zip(one, other, strict=True)
-    )
-
-
-def distance(one: list[Tensor], other: list[Tensor]) -> float:
-    """Returns the largest difference of two elements, relative to the largest element of that output."""
-    worst = 0.0
-    if [a.shape for a in one] != [b.shape for b in other]:
-        return float("inf")
-    for a, b in zip(one, other, strict=True):
-        if a.is_floating_point() and a.numel():
-            a, b = usable(a.double()), usable(b.double())
-            scale = float(a.abs().max()) or 1.0
-            worst = max(worst, float((a - b).abs().max()) / scale)
-    return worst
-
-
-def largest(tensor: Tensor) -> float:
-    """Returns the largest absolute value, zero for an empty tensor."""
-    return float(tensor.detach().abs().max()) if tensor.numel() else 0.0
-
-
 def check_frozen(model: nn.Module) -> None:
     """Checks that adapters train and nothing else does."""
     training = {id(parameter) for parameter in adapter_tensors(model)}
     wrong = [name for name, p in model.named_parameters() if p.requires_grad != (id(p) in training)]
     check("freeze", not wrong, f"wrong requires_grad: {wrong[:3]}")
-
-
-class Plus(nn.Module):
-    """Adds a delta to a weight that is computed anew before every use."""
-
-    def __init__(self, delta: Tensor) -> None:
-        super().__init__()
-        self.delta = nn.Parameter(delta)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.delta
-
-
-@dataclass
-class Reference:
-    """A copy of the base with W + delta in its parameters, and those parameters by site."""
-
-    model: nn.Module
-    leaves: dict[tuple[str, str], Tensor]
-
-
-@torch.no_grad()
-def by_hand(base: nn.Module, adapted: nn.Module) -> Reference:
-    """Returns a copy of the base into which the delta of every adapter is written, shared weights apart."""
-    made = copy.deepcopy(base)
-    leaves: dict[tuple[str, str], Tensor] = {}
-    for ref in li.adapters(adapted):
-        module = made.get_submodule(ref.host_path)
-        for name, delta in ref.adapter.delta(ref.module).items():
-            leaves[ref.path, name] = add(module, name, delta.detach())
-    return Reference(made, leaves)
-
-
-def add(module: nn.Module, name: str, delta: Tensor) -> Tensor:
-    """Adds a delta to a parameter, and returns the leaf whose gradient is that of the sum."""
-    weight = module._parameters.get(name)
-    if weight is not None:
-        setattr(module, name, nn.Parameter(weight + delta.to(weight.dtype)))
-        return module._parameters[name]  # type: ignore[return-value]
-    if parametrize.is_parametrized(module, name):
-        plus = Plus(delta.to(getattr(module, name).dtype))
-        parametrize.register_parametrization(module, name, plus)
-        return plus.delta
-    leaf = delta.to(base_tensor(module, name).dtype).requires_grad_()
-    module.register_forward_pre_hook(lambda m, _: setattr(m, name, getattr(m, name) + leaf))
-    return leaf
-
-
-@torch.no_grad()
-def jiggle(reference: Reference) -> nn.Module:
-    """Returns the model of the reference with every weight changed in its last bit."""
-    generator = torch.Generator().manual_seed(4)
-    for parameter in reference.model.parameters():
-        if parameter.is_floating_point():
-            eps = torch.finfo(parameter.dtype).eps
-            sign = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
-            parameter.mul_(1 + eps * sign.to(parameter.dtype))
-    return reference.model
 
 
 def check_against_reference(
@@ -321,10 +181,10 @@ def check_against_reference(
     leaves = list(reference.leaves.values())
     for leaf in leaves:
         leaf.requires_grad_(True)
-    expected, expected_gradients = run_backward(reference.model, leaves, inputs)
     shaken = copy.deepcopy(reference)
     shaken_leaves = list(shaken.leaves.values())
     jiggle(shaken)
+    expected, expected_gradients = run_backward(reference.model, leaves, inputs)
     noisy, noisy_gradients = run_backward(shaken.model, shaken_leaves, inputs)
     eps = max(torch.finfo(t.dtype).eps for t in expected if t.is_floating_point())
     life.noise = max(distance(expected, noisy), eps)
@@ -353,26 +213,6 @@ def check_against_reference(
             if found
         ]
     check("gradient", not wrong, f"{len(wrong)} adapters get another gradient than W + delta gives: {wrong[:4]}")
-
-
-def carry(
-    model: nn.Module, leaves: Mapping[tuple[str, str], Tensor], gradients: list[Tensor | None]
-) -> dict[tuple[str, str], list[Tensor]]:
-    """Returns the gradients of A and B of every adapter that follow from those of the sums W + delta."""
-    by_leaf = dict(zip(leaves, gradients, strict=True))
-    found = {}
-    for ref in li.adapters(model):
-        factors = list(ref.adapter.parameters())
-        with torch.enable_grad():
-            parts = [
-                (delta.double() * grad.double()).sum()
-                for name, delta in ref.adapter.delta(ref.module).items()
-                if (grad := by_leaf[ref.path, name]) is not None
-            ]
-            total = sum(parts) if parts else None
-            made = torch.autograd.grad(total, factors, allow_unused=True) if parts else [None] * len(factors)
-        found[ref.path, ref.name] = [torch.zeros_like(p) if g is None else g for p, g in zip(factors, made, strict=True)]
-    return found
 
 
 def compare(got: list[Tensor | None], want: list[Tensor], noisy: list[Tensor], eps: float) -> list[str]:
@@ -411,13 +251,21 @@ def check_merge(
         life.merge_error <= ROOM * life.noise,
         f"merged outputs are off by {life.merge_error:.2g}; rounding by {life.noise:.2g}",
     )
-    check_written(model, base, reference, {row.path for row in report})
+    merged = {row.path for row in report}
+    check("merge", merged == weights(model, "default"), "the report does not list the weights of all adapters")
+    check_written(model, base, reference, merged)
     li.unmerge(model)
     try:
         assert_same(injected, model)
     except AssertionError as error:
         raise Failure("unmerge", str(error).split("\n")[0]) from None
     check("unmerge", same(adapted, run(model, inputs)), "outputs differ from those before the merge")
+
+
+def weights(model: nn.Module, name: str) -> set[str]:
+    """Returns the paths of the parameters that the adapters of this name update."""
+    refs = [ref for ref in li.adapters(model) if ref.name == name]
+    return {f"{ref.host_path}.{key}".lstrip(".") for ref in refs for key in ref.adapter.delta_names(ref.module)}
 
 
 def check_written(model: nn.Module, base: nn.Module, reference: Reference, merged: set[str]) -> None:

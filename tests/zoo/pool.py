@@ -31,7 +31,8 @@ PRELOAD = [
 
 def examine(architecture: Architecture) -> dict[str, Any]:
     """Returns what became of one architecture: its state, what was found, or why there is nothing."""
-    from .lifecycle import Failure, live
+    from .lifecycle import live
+    from .running import Failure
     from .specimen import Missing, brief, find
 
     try:
@@ -47,9 +48,11 @@ def examine(architecture: Architecture) -> dict[str, Any]:
     try:
         return found | {"state": "pass"} | asdict(live(specimen.model, specimen.inputs))
     except Failure as failure:
-        return found | {"state": "fail", "step": failure.step, "why": failure.what}
+        state = "not run" if failure.step == "base" else "fail"
+        return found | {"state": state, "step": failure.step, "why": failure.what}
     except Exception as error:
-        return found | {"state": "fail", "step": "error", "why": brief(error), "trace": traceback.format_exc()[-1500:]}
+        trace = traceback.format_exc()[-1500:]
+        return found | {"state": "fail", "step": "error", "why": brief(error), "trace": trace}
 
 
 def _work(architecture: Architecture, end: Connection) -> None:
@@ -73,8 +76,9 @@ def _limit_memory() -> None:
 
 def examine_apart(architecture: Architecture, seconds: float = SECONDS) -> dict[str, Any]:
     """Does the same in another process, and stops it when it takes too long."""
-    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else None)
-    if hasattr(context, "set_forkserver_preload"):
+    context: Any = multiprocessing.get_context()
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
     here, there = context.Pipe(duplex=False)
     worker = context.Process(target=_work, args=(architecture, there))
@@ -102,4 +106,5 @@ def run_all(architectures: list[Architecture], folder: Path, again: bool = False
         part = file.with_suffix(".part")
         part.write_text(json.dumps(found, indent=1), encoding="utf-8")
         part.replace(file)
-        print(f"{position + 1}/{len(architectures)} {architecture.name}: {found['state']} {found.get('why', '')[:160]}", flush=True)
+        line = f"{architecture.name}: {found['state']} {found.get('why', '')[:160]}"
+        print(f"{position + 1}/{len(architectures)} {line}", flush=True)

@@ -14,7 +14,7 @@ from .build import build, small_config
 from .catalog import Architecture, model_classes
 from .exceptions import EXCEPTIONS
 from .inputs import candidates
-from .lifecycle import run
+from .running import run
 
 MOST_CLASSES = 3
 

@@ -1,0 +1,178 @@
+"""Merged models that are trained, cast, copied, stored wider or interrupted: the original always comes back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from models import fill, text
+from snapshot import assert_same, raw, snapshot
+from torch import nn
+from weights import layer, original, scale_to
+
+import lora_inject as li
+from lora_inject import keeping, residual
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+pytestmark = pytest.mark.filterwarnings("ignore::lora_inject.RoundingWarning")
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@every_dtype
+@pytest.mark.parametrize("keep", ["residual", "copy"])
+def test_an_adapter_that_is_trained_while_merged_changes_nothing(small_blocks, dtype, keep):
+    made = layer(dtype)
+    before = original(made)
+    li.merge(made, keep=keep)
+    merged = original(made)
+    with torch.no_grad():
+        for parameter in made.adapters["default"].parameters():
+            parameter.normal_()
+    assert original(made) == merged
+    made.adapters["default"].scaling = 7.0
+    li.unmerge(made)
+    assert original(made) == before
+
+
+@pytest.mark.parametrize("keep", ["residual", "copy"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_casting_while_merged_casts_the_original_too(small_blocks, keep, dtype):
+    made = layer()
+    wanted = raw(layer()._parameters["weight"].to(dtype))
+    li.merge(made, keep=keep)
+    merged = raw(made._parameters["weight"].to(dtype))
+    made.to(dtype)
+    assert original(made) == merged
+    li.unmerge(made)
+    assert original(made) == wanted
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("keep", ["residual", "copy"])
+@every_dtype
+def test_copies_of_a_merged_model_go_back_on_their_own(small_blocks, copied, keep, dtype):
+    made = layer(dtype)
+    before = original(made)
+    li.merge(made, keep=keep)
+    twin, merged = copied(made), original(made)
+    li.unmerge(twin)
+    assert original(twin) == before and original(made) == merged
+    li.unmerge(made)
+    assert original(made) == before
+
+
+def test_a_wider_dtype_takes_what_would_be_lost_and_goes_again(small_blocks):
+    made = layer(torch.bfloat16, relative=1e-4)
+    weight, adapter = made._parameters["weight"], made.adapters["default"]
+    wanted = weight.double() + adapter.lora_B.double() @ adapter.lora_A.double()
+    before = snapshot(made)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (row,) = li.merge(made, dtype=torch.float32)
+    assert row.widened and row.survives > 0.999 and row.kept == weight.nbytes
+    assert made._parameters["weight"].dtype == torch.float32
+    assert torch.allclose(made._parameters["weight"].double(), wanted, rtol=1e-6, atol=1e-9)
+    li.unmerge(made)
+    assert made._parameters["weight"] is weight
+    assert_same(before, made)
+    scale_to(made, 1.0)
+    (row,) = li.merge(made, dtype=torch.float32)
+    assert not row.widened and made._parameters["weight"].dtype == torch.bfloat16, "only where it is needed"
+
+
+@pytest.mark.parametrize(("relative", "warned"), [(1e-4, True), (0.5, False)])
+def test_a_warning_says_how_much_of_the_update_is_lost(relative, warned):
+    made = layer(torch.bfloat16, relative=relative)
+    adapter = made.adapters["default"]
+    update = adapter.lora_B.detach().double() @ adapter.lora_A.detach().double()
+    w = made._parameters["weight"].detach().double()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        report = li.merge(made)
+    stored = made._parameters["weight"].detach().double() - w
+    survives = min(1.0, float((stored * update).sum() / update.square().sum()))
+    (row,) = report
+    assert row.survives == pytest.approx(survives, abs=1e-3) and (survives < 0.9) is warned
+    assert [w.category for w in seen] == [li.RoundingWarning] * warned
+    assert bool(report.lossy) is warned
+    assert all("weight only" in str(w.message) and "dtype=torch.float32" in str(w.message) for w in seen)
+
+
+@every_dtype
+@pytest.mark.parametrize("keep", ["residual", "copy"])
+def test_every_kind_of_parameter_goes_back(small_blocks, dtype, keep):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.turned = nn.Conv2d(8, 8, 3, bias=False), nn.ConvTranspose1d(8, 8, 3)
+            self.last = nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
+            self.experts = nn.Parameter(torch.randn(3, 30, 25))
+            self.text = text()
+            self.rnn = nn.LSTM(8, 8)
+
+    torch.manual_seed(0)
+    model = Net().to(dtype)
+    before = snapshot(model)
+    targets = ["conv", "turned", "last", "experts", "text.*", "rnn"]
+    li.inject(model, [t if t not in ("conv", "last") else li.Target(t, bias=True) for t in targets], rank=2)
+    injected = snapshot(model)
+    fill(model)
+    trained = snapshot(model)
+    for _ in range(2):
+        report = li.merge(model, keep=keep)
+        assert {"conv.bias"} == {row.path for row in report if row.created}
+        assert report.untied == ("text.embed.weight", "text.head.weight")
+        li.unmerge(model)
+        assert_same(trained, model)
+    li.merge(model, keep=keep)
+    li.uninject(model)
+    assert_same(before, model)
+    assert injected["modules"] != before["modules"]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("keep", ["residual", "copy"])
+@pytest.mark.parametrize("call", ["merge", "unmerge"])
+def test_an_exception_between_two_blocks_takes_all_back(small_blocks, monkeypatch, stop, keep, call):
+    model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(2)))
+    li.inject(model, "*", rank=2)
+    fill(model)
+    if call == "unmerge":
+        li.merge(model, keep=keep)
+    before, writes = snapshot(model), []
+    writer, write = (residual.InPlace, residual.InPlace.write) if keep == "residual" else (None, keeping.overwrite)
+
+    def failing(*args):
+        writes.append(1)
+        if len(writes) == stop:
+            raise MemoryError("no room")
+        write(*args)
+
+    if writer is not None:
+        monkeypatch.setattr(writer, "write", failing)
+    else:
+        monkeypatch.setattr(keeping, "overwrite", failing)
+        monkeypatch.setattr("lora_inject.merging.overwrite", failing)
+    if keep == "copy" and stop == 3:
+        getattr(li, call)(model)
+        return
+    with pytest.raises(MemoryError):
+        li.merge(model, keep=keep) if call == "merge" else li.unmerge(model)
+    assert len(writes) >= stop
+    assert_same(before, model)
+    assert all(ref.adapter.merged is (call == "unmerge") for ref in li.adapters(model))
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    "option", [{"keep": "all"}, {"accumulate": torch.float16}, {"dtype": torch.int8}, {"keep": None}]
+)
+def test_an_option_that_cannot_be_used_is_named(option):
+    made = layer()
+    before = snapshot(made)
+    with pytest.raises(li.ConfigError, match=next(iter(option))):
+        li.merge(made, **option)
+    assert_same(before, made)

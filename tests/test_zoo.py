@@ -1,0 +1,125 @@
+"""A quick part of the zoo: one small model of each of many families lives the whole life of its adapters."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lora_inject as li
+from tests.zoo.catalog import architectures
+from tests.zoo.lifecycle import Failure, live
+from tests.zoo.pool import examine
+from tests.zoo.shrink import shrink
+from tests.zoo.table import MEANINGS, render
+
+FAMILIES = {
+    "text": ["bert", "gpt2", "llama", "gemma3_text", "deberta-v2", "bloom", "phi3"],
+    "mixture of experts": ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "phimoe"],
+    "state space": ["mamba", "jamba", "nemotron_h"],
+    "encoder-decoder": ["t5", "bart"],
+    "vision": ["vit", "swin", "dinov2", "convnext"],
+    "audio": ["whisper", "hubert"],
+    "multimodal": ["clip", "llava", "qwen2_vl", "paligemma"],
+}
+CASES = [pytest.param(name, id=f"{kind}-{name}") for kind, names in FAMILIES.items() for name in names]
+
+
+@pytest.fixture(scope="module")
+def by_name():
+    return {architecture.name: architecture for architecture in architectures()}
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", CASES)
+def test_adapters_live_and_leave_no_trace(name, by_name):
+    found = examine(by_name[name])
+    assert found["state"] == "pass", found
+    assert found["sites"] >= 5
+    assert len(found["silent"]) < found["sites"] / 2, found["silent"]
+    assert found["refused"] == {}
+
+
+class ReadsByHand(nn.Module):
+    """Takes the weight from where no adapter can be seen, so that the adapters of the child have no effect."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.child = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return F.linear(self.first(x), self.child._parameters["weight"], self.child.bias)
+
+
+class KeepsState(ReadsByHand):
+    """Gives other outputs every time."""
+
+    def forward(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        return self.child(self.first(x)) * self.calls
+
+
+@pytest.mark.parametrize(("model", "step"), [(ReadsByHand, "alive"), (KeepsState, "base")])
+def test_a_model_that_breaks_the_promise_is_found(model, step):
+    with pytest.raises(Failure) as failure:
+        live(model().double().eval(), {"x": torch.randn(3, 4, dtype=torch.float64)})
+    assert failure.value.step == step
+
+
+class EmptyReport(list):
+    """What a merge reports that merged nothing."""
+
+    untied = ()
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 6)
+        self.outer = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.outer(torch.tanh(self.inner(x)))
+
+
+@pytest.mark.parametrize("step", ["merge", "unmerge", "uninject", "disabled"])
+def test_a_step_that_does_nothing_is_found(step, monkeypatch):
+    """Each of the toolkit's operations in turn is replaced by one that leaves the model as it is."""
+    idle = {"merge": lambda *_: EmptyReport(), "disabled": lambda *_: contextlib.nullcontext()}
+    monkeypatch.setattr(li, step, idle.get(step, lambda *_: None))
+    with pytest.raises(Failure) as failure:
+        live(Named().double().eval(), {"x": torch.randn(3, 4, dtype=torch.float64)})
+    assert failure.value.step == step
+
+
+def test_shrinking_keeps_one_layer_of_every_kind():
+    kinds = ["slide", "slide", "full", "slide", "slide", "full"]
+    small = shrink({"num_hidden_layers": 6, "layer_types": kinds, "hidden_size": 1024, "num_attention_heads": 16})
+    assert small == {
+        "num_hidden_layers": 2,
+        "layer_types": ["slide", "full"],
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+    }
+
+
+def test_the_table_has_every_architecture_and_its_reason():
+    passed = {"state": "pass", "model": "A", "parameters": 9, "sites": 3, "merge_error": 2e-16, "dtype": "float64"}
+    lists = {"silent": ["x"], "computed": [], "untied": ["y", "z"], "refused": {}}
+    rows = {
+        "alpha": passed | lists,
+        "beta": {"state": "not built", "why": "BetaModel: TooLarge: 90 M parameters"},
+        "gamma": {"state": "not built", "why": "ImportError: Gamma requires the timm library but it was not found"},
+        "delta": {"state": "fail", "step": "merge", "why": "a | b"},
+    }
+    page = render(rows)
+    assert "| alpha | A | 9 | 3 | 1 silent, 2 untied | 2e-16 (float64) |" in page
+    assert "| beta | not built | BetaModel has 90 M parameters even when shrunk; the limit is 40 M |" in page
+    assert "| gamma | not built | needs the package timm, which is not among the zoo's |" in page
+    assert r"| delta | fail | merge: a \| b |" in page
+    for state, count in {"pass": 1, "fail": 1, "not run": 0, "not built": 2}.items():
+        assert f"| {state} | {count} | {MEANINGS[state]} |" in page
