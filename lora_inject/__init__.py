@@ -2,6 +2,7 @@
 
 from . import adapters as _builtin  # noqa: F401 - importing it registers the built-in classes
 from .adapter import Adapter
+from .checkpoint import CheckpointReport, merge_checkpoint
 from .errors import (
     ConfigError,
     FormatError,
@@ -29,6 +30,7 @@ from .version import VERSION as __version__
 __all__ = [
     "Adapter",
     "AdapterRef",
+    "CheckpointReport",
     "ConfigError",
     "FormatError",
     "LoraInjectError",
@@ -54,6 +56,7 @@ __all__ = [
     "load",
     "load_recipe",
     "merge",
+    "merge_checkpoint",
     "plan",
     "register",
     "scaled",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .config import Injection, derive, dtype_name
@@ -177,6 +178,8 @@ def _reason_to_skip(candidate: Candidate, excludes: Sequence[Callable[[str], boo
         return ""
     if candidate.parameter is not None:
         return "only floating-point parameters of two or three axes can be factored"
+    if isinstance(candidate.node.module, torch.jit.ScriptModule):
+        return "a TorchScript module cannot be changed: inject before torch.jit.script or trace"
     return f"no adapter class serves {base_class(candidate.node.module).__name__}"
 
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from demo_data import Example
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+from demo_data import Example
+
 LENGTH = 32
 """Tokens of a text that the encoder reads at most."""
-SHARPNESS = 20.0
+SHARPNESS = 4.0
 """Factor on the head's scores, whose input has unit length."""
 
 
@@ -43,9 +44,10 @@ class Encoder:
 
     @torch.no_grad()
     def all(self, examples: Sequence[Example]) -> Tensor:
-        """Returns the vectors of many texts, (count, width), without gradients."""
-        self.model.eval()
-        return torch.cat([self([e.text for e in examples[i : i + 64]]) for i in range(0, len(examples), 64)])
+        """Returns the vectors of many texts, (count, width), without gradients; like lengths go together."""
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i].text))
+        parts = [self([examples[i].text for i in order[start : start + 64]]) for start in range(0, len(order), 64)]
+        return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
 def targets(examples: Sequence[Example]) -> Tensor:
@@ -100,22 +102,19 @@ def batches(examples: Sequence[Example], batch: int, order: random.Random) -> li
 
 def train_adapters(
     encoder: Encoder,
+    head: nn.Linear,
     parameters: Sequence[nn.Parameter],
     examples: Sequence[Example],
-    count: int,
     epochs: int,
     tick: Callable[[float], None],
     batch: int = 32,
-) -> nn.Linear:
-    """Trains the adapters together with a fresh head and returns the head; `tick` is told each step's loss."""
-    width = encoder(["a"]).shape[1]
-    head = new_head(width, count)
-    groups = [{"params": list(parameters), "lr": 2e-3}, {"params": head.parameters(), "lr": 1e-2}]
+) -> None:
+    """Trains the adapters together with the head, the encoder's dropout off; `tick` is told each step's loss."""
+    groups = [{"params": list(parameters), "lr": 2e-3}, {"params": head.parameters(), "lr": 5e-3}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     order = random.Random(0)
     plan = [group for _ in range(epochs) for group in batches(examples, batch, order)]
     schedule = _decaying(optimizer, len(plan))
-    encoder.model.train()
     for group in plan:
         loss = F.cross_entropy(SHARPNESS * head(encoder([e.text for e in group])), targets(group))
         optimizer.zero_grad()
@@ -123,5 +122,3 @@ def train_adapters(
         optimizer.step()
         schedule.step()
         tick(float(loss.detach()))
-    encoder.model.eval()
-    return head

@@ -82,7 +82,7 @@ class Lines:
 
 def _lines(make, call, tmp_path) -> int:
     # The first call makes the classes of hosts, which live as long as a host of theirs.
-    warm = make(tmp_path)
+    warm = fresh(tmp_path)
     li.inject(warm, ["up", "down", "head", "embed"], name="warm", rank=2, bias=True)
     KEPT_ALIVE.append(warm)
     model = make(tmp_path)
