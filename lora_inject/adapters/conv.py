@@ -74,7 +74,8 @@ class ConvAdapter(FactoredAdapter):
             rows = host._conv_forward(x, self.lora_dense.to(x.dtype), self.cast("lora_B_bias", x))
         else:
             rows = self._second(host, self._first(host, x))
-        return output + rows.to(output.dtype) * self.strength
+        found: Tensor = output + rows.to(output.dtype) * self.strength
+        return found
 
     def _split(self, axes: int) -> int:
         return axes // 2 if self.config.factorization == "balanced" else 0
