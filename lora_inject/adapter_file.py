@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from .config import SITE_OPTIONS, SiteConfig, as_dtype, check_name, dtype_name
 from .errors import ConfigError, FormatError
-from .safefile import Entry, Header, parse_json, read_header
+from .safefile import Entry, Header, parse_json, read_header, read_tensors
 from .version import VERSION
 
 FORMAT = "lora_inject"
@@ -57,6 +60,16 @@ class AdapterFile:
     name: str
     version: str
     sites: Mapping[str, SiteRecord]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.header.path
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Returns tensors by their keys in the file, on the CPU."""
+        return read_tensors(self.header, keys)
 
     @cached_property
     def entries(self) -> dict[str, dict[str, Entry]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,10 @@ class FactoredAdapter(Adapter, abc.ABC):
     """
 
     updates: tuple[str, ...] = ("weight", "bias")
+    transposed: ClassVar[bool] = False
+    """Whether the weight is stored as (in, out), so that the input meets B before A."""
+    portable: ClassVar[bool] = True
+    """Whether other programs know low-rank pairs for what this class serves."""
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_dense: nn.Parameter

@@ -82,7 +82,7 @@ def _summary(file: AdapterFile, record: SiteRecord, tensors: Mapping[str, Tensor
         norm_a=_norm(wide.get("lora_A")),
         norm_b=_norm(wide.get("lora_B")),
         norm_delta=None if problem else config.scaling * _update_norm(record, wide),
-        base=str(record.base["hash"]),
+        base=str(record.base["hash"] or "unknown"),
         problem=problem,
     )
 

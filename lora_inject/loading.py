@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from .adapter import Adapter
-from .adapter_file import AdapterFile, SiteRecord, read_adapter_file
+from .adapter_file import SiteRecord
 from .config import Injection, check_name, dtype_name
 from .errors import ConfigError, FormatError, LoraInjectError, MismatchError, listing
 from .fingerprint import fingerprint
+from .formats import Bundle, Source, read_adapter
+from .formats.prefixes import aligned
+from .formats.trained import as_updates
 from .plan import Plan, count_parameters
 from .registry import by_kind
-from .safefile import read_tensors
 from .sites import Site, make_site
 from .surgery import build, insert
 from .targets import nearest_paths
@@ -49,25 +51,29 @@ def load(
         MismatchError: sites, tensors, shapes or base weights do not fit; lists all of them.
         StateError: a site has an adapter of that name already.
     """
-    file = read_adapter_file(path)
+    file = read_adapter(path, model)
+    if isinstance(file, Bundle):
+        file = as_updates(file, model)
     nodes = walk(model)
     injection = Injection(name=check_name(file.name if name is None else name))
-    placed = _place(file, nodes, strict)
+    placed, note = _place(file, nodes, strict)
     sites = _sites(file, placed, injection.name)
     if check_base:
         _check_base(file, sites)
-    plan = Plan(injection, tuple(sites.values()), (), {str(path): len(sites)}, count_parameters(nodes))
+    notes = (*file.notes, *([note] if note else []))
+    plan = Plan(injection, tuple(sites.values()), (), {str(path): len(sites)}, count_parameters(nodes), notes)
     insert(model, plan, _filled(file, sites))
     return plan
 
 
-def _place(file: AdapterFile, nodes: Sequence[Node], strict: bool) -> dict[str, Node]:
-    """Returns the module of every site of the file, by the path in the file."""
+def _place(file: Source, nodes: Sequence[Node], strict: bool) -> tuple[dict[str, Node], str]:
+    """Returns the module of every site by the path in the file, and a note where the paths differ by a prefix."""
     by_path = {path: node for node in nodes for path in node.paths}
+    move, note = _aligned(file, by_path)
     placed: dict[str, Node] = {}
     missing: list[str] = []
     for record in file.sites.values():
-        owners = [record.owner(path) for path in (record.path, *record.aliases)]
+        owners = [move(record.owner(path)) for path in (record.path, *record.aliases)]
         node = next((by_path[path] for path in owners if path in by_path), None)
         if node is None:
             near = nearest_paths(record.path, by_path)[:2]
@@ -76,17 +82,25 @@ def _place(file: AdapterFile, nodes: Sequence[Node], strict: bool) -> dict[str, 
             placed[record.path] = node
     stray = sorted(set(file.entries) - set(file.sites))
     if stray:
-        raise FormatError(f"{file.header.path}: tensors that belong to no site of the file:\n{listing(stray)}")
+        raise FormatError(f"{file.path}: tensors that belong to no site of the file:\n{listing(stray)}")
     if missing and (strict or not placed):
         raise MismatchError(
-            f"{file.header.path}: the model has no module for {len(missing)} of {len(file.sites)} sites:\n"
+            f"{file.path}: the model has no module for {len(missing)} of {len(file.sites)} sites:\n"
             f"{listing(missing)}\nLoad it into the model that it was made for"
             + ("." if not placed else ", or pass strict=False to load the sites that are there.")
         )
-    return placed
+    return placed, note
 
 
-def _sites(file: AdapterFile, placed: Mapping[str, Node], name: str) -> dict[str, Site]:
+def _aligned(file: Source, known: Mapping[str, Node]) -> tuple[Callable[[str], str], str]:
+    """Returns what turns the file's paths into the model's, and a note where that is not the path itself."""
+    records = file.sites.values()
+    if all(any(record.owner(path) in known for path in (record.path, *record.aliases)) for record in records):
+        return str, ""
+    return aligned([record.owner(record.path) for record in records], known) or (str, "")
+
+
+def _sites(file: Source, placed: Mapping[str, Node], name: str) -> dict[str, Site]:
     """Returns a checked site for every placed record; its layout equals the shapes in the file."""
     sites: dict[str, Site] = {}
     problems: list[LoraInjectError] = []
@@ -100,7 +114,7 @@ def _sites(file: AdapterFile, placed: Mapping[str, Node], name: str) -> dict[str
                 continue
             site = make_site(node, adapter_class, record.config, name, record.extras)
         except ConfigError as problem:
-            raise FormatError(f"{file.header.path}: {path}: {problem}") from problem
+            raise FormatError(f"{file.path}: {path}: {problem}") from problem
         except LoraInjectError as problem:
             problems.append(type(problem)(f"{path or '(root)'}: {problem}"))
             continue
@@ -109,7 +123,7 @@ def _sites(file: AdapterFile, placed: Mapping[str, Node], name: str) -> dict[str
     if problems:
         raise type(problems[0])("\n".join(map(str, problems[:12])))
     if wrong:
-        raise MismatchError(f"{file.header.path}: {len(wrong)} tensors do not fit:\n{listing(wrong)}")
+        raise MismatchError(f"{file.path}: {len(wrong)} tensors do not fit:\n{listing(wrong)}")
     return sites
 
 
@@ -120,7 +134,7 @@ def _serves(adapter_class: type[Adapter], module: nn.Module, parameter: str | No
     return module._parameters.get(parameter) is not None and adapter_class.can_adapt_parameter(module, parameter)
 
 
-def _compare(file: AdapterFile, record: SiteRecord, site: Site) -> list[str]:
+def _compare(file: Source, record: SiteRecord, site: Site) -> list[str]:
     """Returns a line for every tensor that is missing, unexpected, or of another shape or dtype."""
     entries = file.entries.get(record.path, {})
     lines = [f"{record.prefix}{key}: missing in the file" for key in site.layout if key not in entries]
@@ -135,28 +149,29 @@ def _compare(file: AdapterFile, record: SiteRecord, site: Site) -> list[str]:
     return lines
 
 
-def _check_base(file: AdapterFile, sites: Mapping[str, Site]) -> None:
+def _check_base(file: Source, sites: Mapping[str, Site]) -> None:
     differ = [
         path
         for path, site in sites.items()
         if site.device.type != "meta"
+        and file.sites[path].base.get("hash") is not None
         and fingerprint(site.module, site.adapter_class.touches(site.extras)) != file.sites[path].base
     ]
     if differ:
         raise MismatchError(
-            f"{file.header.path}: made for other base weights: {len(differ)} of {len(sites)} sites differ:\n"
+            f"{file.path}: made for other base weights: {len(differ)} of {len(sites)} sites differ:\n"
             f"{listing(differ)}\nLoad it into its own base, or pass check_base=False if you know that this one will do."
         )
 
 
 @torch.no_grad()
-def _filled(file: AdapterFile, sites: Mapping[str, Site]) -> list[Adapter]:
+def _filled(file: Source, sites: Mapping[str, Site]) -> list[Adapter]:
     """Returns one adapter per site, holding the file's numbers."""
     keys = [f"{file.sites[path].prefix}{key}" for path, site in sites.items() for key in site.layout]
-    tensors = read_tensors(file.header, keys)
+    tensors = file.read(keys)
     bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
-        raise FormatError(f"{file.header.path}: NaN or infinity in {len(bad)} tensors:\n{listing(bad)}")
+        raise FormatError(f"{file.path}: NaN or infinity in {len(bad)} tensors:\n{listing(bad)}")
     built = []
     for path, site in sites.items():
         adapter = build(site)

@@ -41,6 +41,8 @@ class Plan:
     skipped: tuple[Skipped, ...]
     hits: Mapping[str, int]
     model_parameters: int
+    notes: tuple[str, ...] = ()
+    """What the user should know of how a loaded file was understood."""
 
     @property
     def name(self) -> str:
@@ -74,6 +76,8 @@ class Plan:
         if self.skipped:
             rows = [(skip.path or "(root)", skip.kind, skip.why) for skip in self.skipped]
             parts.append(table(("skipped", "module", "why"), rows, limit=20))
+        if self.notes:
+            parts.append("\n".join(self.notes))
         return "\n\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,6 +90,7 @@ class Plan:
             "hits": dict(self.hits),
             "sites": [_site_dict(site) for site in self.sites],
             "skipped": [{"path": skip.path, "module": skip.kind, "why": skip.why} for skip in self.skipped],
+            "notes": list(self.notes),
         }
 
 

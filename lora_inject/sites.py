@@ -136,7 +136,7 @@ def _check_class(module: nn.Module, adapter_class: type[Adapter], names: tuple[s
         )
     if not isinstance(module, Host):
         return
-    if module.lora_family is not None and module.lora_family is not family:
+    if None not in (module.lora_family, family) and module.lora_family is not family:
         raise UnsupportedError(
             f"carries adapters of kind {module.lora_family.kind!r}, beside which {adapter_class.kind!r} cannot work: "
             "uninject those first"

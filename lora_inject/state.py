@@ -7,11 +7,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .adapter_file import SiteRecord, metadata
+from .adapter_file import SiteRecord
 from .errors import StateError
 from .fingerprint import fingerprint
+from .formats import Bundle, write_adapter
 from .refs import AdapterRef, adapters, pick
-from .safefile import write_tensors
 from .sites import join
 from .tree import walk
 
@@ -29,31 +29,47 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     }
 
 
-def export(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> Path:
-    """Writes one adapter into a safetensors file that `load` and every safetensors reader can open.
+def export(
+    model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, format: str = "lora_inject"
+) -> Path:
+    """Writes one adapter into a file, by default of the format that docs/file-format.md describes.
 
-    The file holds the adapter's tensors, its options, and a fingerprint of the base; docs/file-format.md describes
-    it. It is written beside its final name, synced and renamed: an older file stays whole until then.
+    That file holds the adapter's tensors, its options, and a fingerprint of the base; `load` and every safetensors
+    reader can open it. It is written beside its final name, synced and renamed: an older file stays whole until then.
 
     Args:
         model: a model with adapters, merged or not.
-        path: the file to write.
+        path: the file to write, or the folder where the format is one.
         name: which adapter.
+        format: whose format; docs/formats.md lists them.
 
     Returns:
         The path of the file.
 
     Raises:
         StateError: no adapter has that name, or its parameters are on the meta device.
+        ConfigError: no such format.
+        UnsupportedError: the format cannot hold what the adapter does; names it.
         FormatError: the file cannot be written.
+    """
+    return write_adapter(bundle_of(model, name), path, format, model)
+
+
+def bundle_of(model: nn.Module, name: str = "default") -> Bundle:
+    """Returns one adapter of a model as a value: sites, options, fingerprints, and tensors that share its memory.
+
+    Raises:
+        StateError: no adapter has that name, or its parameters are on the meta device.
     """
     state = adapter_state(model, name)
     empty = next((key for key, tensor in state.items() if tensor.is_meta), None)
     if empty is not None:
         raise StateError(f"{empty} is on the meta device and holds no numbers: materialise the model first")
     aliases = {id(node.module): node.paths[1:] for node in walk(model)}
-    records = [_record(ref, aliases[id(ref.module)]) for ref in _refs(model, name)]
-    return write_tensors(path, state, metadata(name, records))
+    refs = _refs(model, name)
+    sites = {ref.path: _record(ref, aliases[id(ref.module)]) for ref in refs}
+    entries = {ref.path: {key: p.detach() for key, p in ref.adapter.named_parameters()} for ref in refs}
+    return Bundle(Path("the model"), name, sites, entries)
 
 
 def _refs(model: nn.Module, name: str) -> list[AdapterRef]:

@@ -1,7 +1,7 @@
 """The built-in adapter classes, one family of modules per file; importing this package registers them."""
 
 from . import parameter  # isort: skip - the most general class is asked last
-from . import attention, bilinear, block, conv, conv_transpose, embedding, embedding_bag, linear, recurrent
+from . import attention, bilinear, block, conv, conv_transpose, embedding, embedding_bag, full, linear, recurrent
 
 __all__ = [
     "attention",
@@ -11,6 +11,7 @@ __all__ = [
     "conv_transpose",
     "embedding",
     "embedding_bag",
+    "full",
     "linear",
     "parameter",
     "recurrent",

@@ -30,6 +30,8 @@ class ConvTransposeAdapter(FactoredAdapter):
     """
 
     kind = "conv_transpose"
+    transposed = True
+    portable = False
 
     @classmethod
     def can_adapt(cls, module: nn.Module) -> bool:

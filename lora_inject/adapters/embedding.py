@@ -26,6 +26,7 @@ class EmbeddingAdapter(FactoredAdapter):
     """
 
     kind = "embedding"
+    transposed = True
     updates: tuple[str, ...] = ("weight",)
 
     @classmethod

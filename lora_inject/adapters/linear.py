@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,6 @@ from ..registry import register
 
 class MatrixAdapter(FactoredAdapter, abc.ABC):
     """A factored update of a two-dimensional weight that multiplies the last axis of the input."""
-
-    transposed: ClassVar[bool] = False
-    """Whether the weight is (in, out)."""
 
     @abc.abstractmethod
     def stages(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:

@@ -47,7 +47,8 @@ def check_base(base: Base, names: Names, updates: Sequence[Update]) -> None:
         with ExitStack() as stack:
             reader = _Reader(base, stack)
             for update in updates:
-                if _fingerprint(reader, names, update) != update.record.base:
+                known = update.record.base["hash"] is not None
+                if known and _fingerprint(reader, names, update) != update.record.base:
                     differ.setdefault(update.input.path, []).append(update.record.path)
     except OSError as error:
         raise FormatError(f"{base.root}: cannot be read: {error.strerror or error}") from error

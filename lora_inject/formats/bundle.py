@@ -1,0 +1,84 @@
+"""An adapter between two formats, and what loading needs to know of one, whatever file it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..adapter_file import SiteRecord
+from ..sites import join
+
+
+class Shaped(Protocol):
+    """A tensor, or the entry of one in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+
+
+class Source(Protocol):
+    """What `load` reads: the sites of one adapter, and their tensors."""
+
+    @property
+    def path(self) -> Path:
+        """The file or folder, for messages."""
+
+    @property
+    def name(self) -> str:
+        """The adapter's name."""
+
+    @property
+    def sites(self) -> Mapping[str, SiteRecord]:
+        """The sites by path."""
+
+    @property
+    def entries(self) -> Mapping[str, Mapping[str, Shaped]]:
+        """Shapes and dtypes by path of the site, then by parameter."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of how the file was understood."""
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Returns tensors by `<path of the site>.<parameter>`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """The sites of one adapter as the native format describes them, with their tensors in memory.
+
+    Attributes:
+        path: where it came from, for messages.
+        name: the adapter's name.
+        sites: the sites by path; `base` of a record is empty where the origin says nothing of the base.
+        entries: the tensors in the native layout, by path of the site, then by parameter.
+        full: trained values that replace a parameter, by the parameter's path.
+        notes: what the user should know of how the file was understood.
+    """
+
+    path: Path
+    name: str
+    sites: Mapping[str, SiteRecord]
+    entries: Mapping[str, Mapping[str, Tensor]]
+    full: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The sites' tensors by their keys in a native file."""
+        return {join(site, name): t for site, own in self.entries.items() for name, t in own.items()}
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Returns the tensors of these keys."""
+        tensors = self.tensors
+        return {key: tensors[key] for key in keys}
