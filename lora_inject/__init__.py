@@ -3,6 +3,7 @@
 from . import adapters as _builtin  # noqa: F401 - importing it registers the built-in classes
 from .adapter import Adapter
 from .checkpoint import CheckpointReport, merge_checkpoint
+from .convert import Conversion, convert
 from .errors import (
     ConfigError,
     FormatError,
@@ -32,6 +33,7 @@ __all__ = [
     "AdapterRef",
     "CheckpointReport",
     "ConfigError",
+    "Conversion",
     "FormatError",
     "LoraInjectError",
     "MergeReport",
@@ -50,6 +52,7 @@ __all__ = [
     "adapter_parameters",
     "adapter_state",
     "adapters",
+    "convert",
     "disabled",
     "export",
     "inject",

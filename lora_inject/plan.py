@@ -217,6 +217,11 @@ def _no_site(
     other = sorted({base_class(node.module).__name__ for node in nodes if selection.matches(position, node)})
     if other:
         kinds = ", ".join(other)
+        if target.type is None:
+            return TargetError(
+                f"target {target.pattern!r}: adapter={target.adapter!r} finds nothing to serve in {kinds} itself: "
+                f"select what is inside, for example {f'{target.pattern}.*'!r}"
+            )
         return TargetError(f"target {target.pattern!r}: type={target.type!r} fits none of its modules ({kinds})")
     return TargetError(
         f"target {target.pattern!r} matches no module: a pattern covers the whole dotted path. "

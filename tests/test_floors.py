@@ -24,6 +24,7 @@ FLOORS = [
     {"surgery", "switches", "verify", "state"},
     {"loading"},
     {"checkpoint.*"},
+    {"convert"},
     {""},
     {"cli.*"},
     {"__main__"},

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from . import inspect, merge, plan, recipes, verify  # noqa: F401 - importing a command adds it to the application
+from . import convert, inspect, merge, plan, recipes, verify  # noqa: F401 - importing a command adds it to the application
 from .app import PROGRAM, app
 from .output import rank
 

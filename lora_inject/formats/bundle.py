@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..adapter_file import SiteRecord
+from ..errors import FormatError, listing
 from ..sites import join
 
 
@@ -82,3 +83,24 @@ class Bundle:
         """Returns the tensors of these keys."""
         tensors = self.tensors
         return {key: tensors[key] for key in keys}
+
+
+def loaded(source: Source) -> Bundle:
+    """Returns an adapter with all its tensors in memory.
+
+    Raises:
+        FormatError: tensors that belong to no site, or hold NaN or infinity; lists them.
+    """
+    stray = sorted(set(source.entries) - set(source.sites))
+    if stray:
+        raise FormatError(f"{source.path}: tensors that belong to no site of the file:\n{listing(stray)}")
+    keys = {(site, name): join(site, name) for site, own in source.entries.items() for name in own}
+    tensors = source.read(keys.values())
+    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise FormatError(f"{source.path}: NaN or infinity in {len(bad)} tensors:\n{listing(bad)}")
+    entries: dict[str, dict[str, Tensor]] = {site: {} for site in source.sites}
+    for (site, name), key in keys.items():
+        entries[site][name] = tensors[key]
+    full = source.full if isinstance(source, Bundle) else {}
+    return Bundle(source.path, source.name, source.sites, entries, full, source.notes)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..adapter_file import SiteRecord
 from ..config import SiteConfig
-from ..errors import UnsupportedError
+from ..errors import FormatError, UnsupportedError
 from ..factored import FactoredAdapter
 from ..registry import by_kind
 from .bundle import Bundle
@@ -34,6 +34,7 @@ def outward(bundle: Bundle, record: SiteRecord) -> Factors:
             f"{bundle.path}: {record.path or '(root)'}: an adapter of kind {record.kind!r} has no counterpart in other "
             "programs' files: keep the file in lora_inject's format, or merge this site into the base"
         )
+    _check(bundle, record, tensors)
     parameter = record.extras.get("parameter")
     first, second = _met(tensors, kind, parameter)
     alpha = alpha_for(record.config.scaling, first.shape[-2] if _is_stack(first, parameter) else first.shape[0])
@@ -49,8 +50,18 @@ def outward(bundle: Bundle, record: SiteRecord) -> Factors:
     )
     given = record.config
     if "lora_dense" not in tensors and found.rank == given.rank:
-        return replace(found, alpha=given.rank if given.alpha is None else given.alpha, rslora=given.rslora)
-    return found
+        found = replace(found, alpha=given.rank if given.alpha is None else given.alpha, rslora=given.rslora)
+    return found.checked(bundle.path)
+
+
+def _check(bundle: Bundle, record: SiteRecord, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses a site whose tensors are not those of a low-rank pair or a dense update."""
+    pair = {"lora_dense"} if "lora_dense" in tensors else {"lora_A", "lora_B"}
+    odd = sorted(pair - tensors.keys()) or sorted(tensors.keys() - pair - {"lora_A_bias", "lora_B_bias"})
+    if odd:
+        raise FormatError(
+            f"{bundle.path}: {record.path or '(root)'}: {', '.join(odd)}: missing, or no tensor of a low-rank update"
+        )
 
 
 def _is_stack(tensor: Tensor, parameter: str | None) -> bool:
