@@ -14,17 +14,18 @@ import lora_inject
 PACKAGE = Path(lora_inject.__file__).parent
 ROOT = PACKAGE.parent
 FLOORS = [
-    {"version", "errors", "tree", "tables", "commit", "recipe_yaml", "fused"},
+    {"version", "errors", "tree", "tables", "commit", "recipe_yaml", "fused", "report.spectra"},
     {"config", "safefile", "keeping", "verdicts", "inspected", "models", "model_inputs"},
     {"targets", "adapter", "adapter_file"},
     {"registry", "host", "recipe", "blocks"},
-    {"factored", "residual", "sites", "fingerprint", "recipe_schema", "inspection"},
+    {"factored", "residual", "sites", "fingerprint", "recipe_schema"},
     {"adapters.*", "formats.*", "refs", "merging", "selection", "recipe_file"},
     {"adapters", "formats", "plan", "merge"},
     {"surgery", "switches", "verify", "state"},
     {"loading"},
     {"checkpoint.*"},
-    {"convert"},
+    {"convert", "report.*"},
+    {"inspection"},
     {""},
     {"cli.*"},
     {"__main__"},
