@@ -6,43 +6,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-PALETTE = tuple(
-    f"#{code}"
-    for code in [
-        "440154",
-        "470d60",
-        "48186a",
-        "482374",
-        "472e7c",
-        "453882",
-        "424186",
-        "3e4a89",
-        "3a548c",
-        "365d8d",
-        "32658e",
-        "2e6d8e",
-        "2b758e",
-        "287d8e",
-        "25848e",
-        "228c8d",
-        "1f948c",
-        "1e9c89",
-        "20a386",
-        "25ab82",
-        "2eb37c",
-        "3aba76",
-        "48c16e",
-        "58c765",
-        "6ccd5a",
-        "7fd34e",
-        "93d741",
-        "a8db34",
-        "c0df25",
-        "d5e21a",
-        "eae51a",
-        "fde725",
-    ]
+_CODES = (
+    "440154470d6048186a482374472e7c4538824241863e4a893a548c365d8d32658e2e6d8e2b758e287d8e25848e228c8d"
+    "1f948c1e9c8920a38625ab822eb37c3aba7648c16e58c7656ccd5a7fd34e93d741a8db34c0df25d5e21aeae51afde725"
 )
+PALETTE = tuple(f"#{_CODES[i : i + 6]}" for i in range(0, len(_CODES), 6))
 """Dark to light, low to high, in 32 steps: viridis (Smith & van der Walt 2015, CC0), which does not rely on hue."""
 BRIGHT = 19
 """The first step on which black text reads better than white."""
