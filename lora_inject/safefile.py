@@ -6,7 +6,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -176,11 +176,20 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     Raises:
         FormatError: the folder does not exist or the disk does not take the file; an older file stays as it was.
     """
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return write_whole(path, lambda beside: save_file(ready, str(beside), dict(metadata)))
+
+
+def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
+    """Lets `write` fill a temporary file beside `path`, syncs it to disk, and renames it.
+
+    Raises:
+        FormatError: the folder does not exist or the disk does not take the file; an older file stays as it was.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(ready, str(beside), dict(metadata))
+        write(beside)
         _sync(beside)
         os.replace(beside, path)
         _sync(path.parent)

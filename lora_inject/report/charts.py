@@ -18,6 +18,8 @@ WIDTH, HEIGHT = 300, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 22, 34
 LINES = 48
 """Most lines of one chart; the spectra of more sites are shown by their quantiles."""
+MANY = 200
+"""Dots of one chart from which on they are drawn smaller."""
 POINTS = 48
 """Most points of one line."""
 SHADES = 16
@@ -68,9 +70,40 @@ def sigma_range(inspection: Inspection) -> tuple[float, float] | None:
     return low / 1.3, high * 1.3
 
 
+def shade_share(grid: Grid, column: int) -> float:
+    """Returns where a column's colour lies between that of the first (0) and that of the last (1)."""
+    return column / max(1, len(grid.columns) - 1)
+
+
 def shade(grid: Grid, column: int) -> int:
-    """Returns the number of a column's colour, from 0 for the first to `SHADES` - 1 for the last."""
-    return round(column / max(1, len(grid.columns) - 1) * (SHADES - 1))
+    """Returns the number of a column's colour on the page, from 0 for the first to `SHADES` - 1 for the last."""
+    return round(shade_share(grid, column) * (SHADES - 1))
+
+
+def rank_top(inspection: Inspection, band: Band) -> tuple[int, int]:
+    """Returns up to where the axis of a kind's effective ranks reaches, and the largest rank of its factors."""
+    sites = [inspection.sites[i] for i in band.sites]
+    rank = max(site.rank for site in sites)
+    used = max((site.spectrum.effective_rank_range[1] for site in sites if site.spectrum), default=0.0)
+    # A rank far above what is used would press all points to the ground.
+    return rank if rank <= 4 * max(1.0, used) else max(1, math.ceil(1.25 * used)), rank
+
+
+def band_cuts(spectra: Sequence[Sequence[float]], low: float) -> list[tuple[int, list[float]]]:
+    """Returns by position the least, the 10 %, 50 % and 90 % quantiles, and the largest of many spectra.
+
+    Args:
+        spectra: singular values, largest first; positions that a spectrum does not have, or where it is zero, do not
+            count.
+        low: what is smaller counts as this.
+    """
+    cuts = []
+    for place, _ in thinned(range(max(map(len, spectra))), POINTS):
+        values = [max(s[place - 1], low) for s in spectra if len(s) >= place and s[place - 1] > 0]
+        if values:
+            inner = quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9
+            cuts.append((place, [min(values), inner[0], inner[4], inner[8], max(values)]))
+    return cuts
 
 
 def spectra_chart(inspection: Inspection, grid: Grid, band: Band, reach: tuple[float, float]) -> Markup:
@@ -97,26 +130,17 @@ def _lines(frame: Frame, grid: Grid, found: Sequence[tuple[int, SiteSummary, Spe
 
 def _quantiles(frame: Frame, spectra: Sequence[Sequence[float]]) -> Iterator[Markup]:
     """Yields the range, the middle 80 % and the median of many spectra, position by position."""
-    longest = max(map(len, spectra))
-    cuts: list[tuple[int, list[float]]] = []
-    for place, _ in thinned(range(longest), POINTS):
-        values = [max(s[place - 1], frame.low) for s in spectra if len(s) >= place and s[place - 1] > 0]
-        if values:
-            inner = quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9
-            cuts.append((place, [min(values), inner[0], inner[4], inner[8], max(values)]))
-    for low, high, class_ in ((0, 4, "range"), (1, 3, "range")):
+    cuts = band_cuts(spectra, frame.low)
+    for low, high in ((0, 4), (1, 3)):
         around = [(x, q[low]) for x, q in cuts] + [(x, q[high]) for x, q in reversed(cuts)]
-        yield tag("path", class_=class_, d=f"{frame.path(around)}Z")
+        yield tag("path", class_="range", d=f"{frame.path(around)}Z")
     yield tag("path", class_="line median", d=frame.path([(x, q[2]) for x, q in cuts]))
 
 
 def rank_chart(inspection: Inspection, grid: Grid, band: Band) -> Markup:
     """Returns the effective rank of the sites of a kind by column, under a dashed line at the rank of the factors."""
     found = [(i, inspection.sites[i], spectrum) for i in band.sites if (spectrum := inspection.sites[i].spectrum)]
-    rank = max((site.rank for _, site, _ in found), default=1)
-    # A rank far above what is used would press all points to the ground.
-    used = max((spectrum.effective_rank_range[1] for _, _, spectrum in found), default=1.0)
-    top = rank if rank <= 4 * used else max(1, math.ceil(1.25 * used))
+    top, rank = rank_top(inspection, band)
     frame = Frame(0, len(grid.columns) - 1, 0, top * 1.08)
     marks = [*_ranges(frame, grid, found), *_dots(frame, grid, found)]
     if top == rank:
@@ -141,7 +165,7 @@ def _dots(frame: Frame, grid: Grid, found: Found) -> Iterator[Markup]:
             f"M{frame.x(column):g} {frame.y(spectrum.effective_rank):g}h0"
         )
     for number_, dots in by_shade.items():
-        yield tag("path", class_=f"dot s{number_}", d="".join(dots))
+        yield tag("path", class_=f"dot{' many' * (len(found) > MANY)} s{number_}", d="".join(dots))
 
 
 def _ranges(frame: Frame, grid: Grid, found: Found) -> Iterator[Markup]:

@@ -10,6 +10,8 @@ BANDS, LANES, COLUMNS = 120, 1600, 256
 """Most kinds, rows and columns that are drawn by kind and depth; more of any are drawn in the order of the file."""
 WRAP = 64
 """Columns of a grid that follows the order of the file."""
+NO_DEPTH = "–"
+"""Label of the column of sites that have no depth, where others have."""
 _NUMBER = re.compile(r"[0-9]{1,6}")
 
 
@@ -90,7 +92,7 @@ def _by_depth(path: str) -> _Address:
     parts = path.split(".")
     at = _depth(parts)
     if at is None:
-        return _Address((path or "(root)",), (), "–")
+        return _Address((path or "(root)",), (), NO_DEPTH)
     rest = tuple(parts[at + 1 :])
     pattern = tuple("*" if _NUMBER.fullmatch(part) else part for part in rest)
     return _Address((".".join([*parts[:at], "*"]), *pattern), rest, parts[at])
@@ -107,8 +109,8 @@ def _by_count(paths: Iterable[str]) -> list[_Address]:
 
 
 def _natural(text: str) -> tuple[tuple[int, str], ...]:
-    """Returns a key that sorts names with numbers as people do; what is no number comes first."""
-    return tuple((int(part), part) if _NUMBER.fullmatch(part) else (-1, part) for part in text.split("."))
+    """Returns a key that sorts names with numbers as people do; what is no number comes last."""
+    return tuple((int(part) if _NUMBER.fullmatch(part) else 10**6, part) for part in text.split("."))
 
 
 def _grid(addresses: Sequence[_Address], columns: Sequence[str], axis: str) -> Grid:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..inspected import Inspection, SiteSummary
@@ -41,7 +41,7 @@ def metrics(inspection: Inspection) -> list[Metric]:
     return [RELATIVE] * relative + [NORM] + [EFFECTIVE] * inspection.with_spectra
 
 
-def describe(site: SiteSummary, given: list[Metric]) -> str:
+def describe(site: SiteSummary, given: Iterable[Metric]) -> str:
     """Returns what a site is and its numbers, a line each."""
     lines = [clean(site.path) or "(root)", *(f"{metric.label}: {number(metric.value(site))}" for metric in given)]
     note = state(site)

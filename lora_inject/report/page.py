@@ -10,9 +10,10 @@ from pathlib import Path
 
 from ..inspected import Inspection
 from ..version import VERSION
-from .charts import SHADES, known, rank_chart, sigma_range, spectra_chart
-from .heat_map import HeatMap, legend, rules
-from .layout import Band, Grid, arrange
+from .charts import LINES, SHADES, known, rank_chart, sigma_range, spectra_chart
+from .geometry import MapShape
+from .heat_map import heat_map, legend, rules
+from .layout import NO_DEPTH, Band, Grid, arrange
 from .markup import Markup, join, tag
 from .metrics import Metric, metrics, state, total_relative
 from .site_table import site_table
@@ -109,13 +110,13 @@ def _header(inspection: Inspection) -> Markup:
 
 
 def _problems(inspection: Inspection) -> Markup:
-    lines = [(clean(s.path) or "(root)", state(s)) for s in inspection if s.problem or s.norm_delta is None]
+    lines = [(clean(s.path) or "(root)", state(s)) for s in inspection if s.problem]
     lines += [(clean(name), "belongs to no site") for name in inspection.strays]
     if not lines:
         return Markup("")
     shown = [tag("li", tag("code", path), f": {what}") for path, what in lines[:LISTED]]
     more = [tag("li", f"and {len(lines) - LISTED:,} more")] * (len(lines) > LISTED)
-    heading = tag("strong", f"{len(lines):,} of its tensors or sites are not sound; load refuses this file")
+    heading = tag("strong", f"{len(lines):,} problem{'s' * (len(lines) != 1)}: load refuses this file")
     return tag("section", heading, tag("ul", shown, more), class_="problems", aria_label="Problems")
 
 
@@ -139,6 +140,8 @@ def _map(inspection: Inspection, grid: Grid, given: list[Metric]) -> Markup:
     )
     zeros = sum(site.norm_delta == 0 for site in inspection)
     note = f"A row per kind of module; columns: {grid.axis}."
+    if NO_DEPTH in grid.columns:
+        note += f" {NO_DEPTH}: no number in the path."
     if zeros:
         note += f" {zeros:,} of {len(inspection):,} updates are zero."
     return tag(
@@ -148,7 +151,7 @@ def _map(inspection: Inspection, grid: Grid, given: list[Metric]) -> Markup:
         tag("svg", tag("defs", hatch), class_="hidden", aria_hidden="true"),
         picks,
         tag("div", [legend(m, m.scale(inspection)) for m in given], class_="legends scroll"),
-        tag("div", HeatMap(inspection, grid, given).svg(), class_="scroll"),
+        tag("div", heat_map(MapShape(inspection, grid, given)), class_="scroll"),
         id="map",
     )
 
@@ -159,10 +162,9 @@ def _kinds(inspection: Inspection, grid: Grid) -> Markup:
     if reach is None:
         why = tag("p", "No site has an update other than zero whose spectrum is known.", class_="soft")
         return tag("section", heading, why, id="kinds")
-    first, last = grid.columns[0], grid.columns[-1]
-    scale = [tag("span", class_="depths", role="img", aria_label="orange to purple"), last] if first != last else []
-    said = ". Kinds with many sites: median, middle 80 % and range."
-    key = tag("p", "Colour: column ", first, scale, said, class_="soft")
+    bar = tag("span", class_="depths", role="img", aria_label="orange to purple")
+    said = f"last. Of kinds with more than {LINES} sites: median, middle 80 % and range."
+    key = tag("p", "Colour: first column ", bar, said, class_="soft")
     cards = [_card(inspection, grid, band, reach) for band in grid.bands]
     return tag("section", heading, key, tag("div", cards, class_="cards"), id="kinds")
 

@@ -26,6 +26,12 @@ def _shown(character: str) -> str:
     return f"\\u{{{ord(character):x}}}" if hidden else character
 
 
+def plain(text: str, limit: int = LONG) -> str:
+    """Returns a name as `clean` does, in letters that every font has."""
+    shown = clean(text, limit)
+    return "".join(c if c.isascii() or c == "…" else f"\\u{{{ord(c):x}}}" for c in shown)
+
+
 def number(value: float | None) -> str:
     """Returns a number with three digits, a dash where there is none."""
     if value is None or not math.isfinite(value):
