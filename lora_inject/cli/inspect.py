@@ -36,7 +36,7 @@ def inspect(
     from ..report.files import check_free, write_html, write_png
 
     writers = {file: write for file, write in ((html, write_html), (png, write_png)) if file is not None}
-    check_free([file for file in (html, png) if file], [adapter, *[base] * bool(base)], overwrite)
+    check_free([file for file in (html, png) if file], [adapter, *filter(None, [base])], overwrite)
     if png is not None:
         from ..report.picture import require_matplotlib
 

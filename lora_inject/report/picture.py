@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..inspected import Inspection
+from .charts import LINES
 from .geometry import MapShape
 from .layout import Grid, arrange
 from .metrics import Metric, metrics, total_relative
@@ -58,16 +59,18 @@ def png_picture(inspection: Inspection) -> bytes:
     shape = MapShape(inspection, grid, [metric], fit=True)
     shrink = min(1.0, TALL / shape.height)
     bands = _largest(inspection, grid) if inspection.with_spectra else []
-    cards_top = 150 + shape.height * shrink + 76
-    height = cards_top + 30 + math.ceil(len(bands) / 2) * CARD[1] + 10 if bands else cards_top - 40
+    map_top = 176
+    cards_top = map_top + shape.height * shrink + 84
+    height = cards_top + 40 + math.ceil(len(bands) / 2) * CARD[1] + 10 if bands else cards_top - 40
     style: Any = {"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK}
     style |= {"xtick.color": SOFT, "ytick.color": SOFT, "axes.edgecolor": SOFT, "axes.labelcolor": SOFT}
     with rc_context(style):
         figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72 * DENSITY, facecolor="white")
         FigureCanvasAgg(figure)
         _head(figure, inspection)
-        _map(place(figure, MARGIN, 150, WIDTH - 2 * MARGIN, shape.height * shrink), shape, metric)
-        _legend(figure, metric, metric.scale(inspection), 150 + shape.height * shrink + 12)
+        _write(figure, MARGIN, map_top - 8, "Size of the update by kind and depth", size=12, weight="bold")
+        _map(place(figure, MARGIN, map_top, WIDTH - 2 * MARGIN, shape.height * shrink), shape, metric)
+        _legend(figure, metric, metric.scale(inspection), map_top + shape.height * shrink + 12)
         _cards(figure, inspection, grid, bands, cards_top)
         out = io.BytesIO()
         figure.savefig(out, format="png", metadata={"Software": None})
@@ -126,7 +129,7 @@ def _map(axes: Axes, shape: MapShape, metric: Metric) -> None:
     for x, y, label in shape.columns():
         axes.text(x, y, label, ha="center", size=8.5, color=SOFT)
     for x, y, label, _ in shape.rows():
-        axes.text(x, y, plain(label), ha="right", size=8.5, family="DejaVu Sans Mono", parse_math=False)
+        axes.text(x, y, plain(label), ha="right", va="baseline", size=8, family="DejaVu Sans Mono", parse_math=False)
 
 
 def _look(step: str) -> dict[str, Any]:
@@ -169,8 +172,10 @@ def _cards(figure: Figure, inspection: Inspection, grid: Grid, bands: list[int],
     left = len(grid.bands) - len(bands)
     more = f"; the {len(bands)} kinds with the largest updates, {left} left out" if left else ""
     _write(figure, MARGIN, top, f"Spectra and effective rank by kind{more}", size=12, weight="bold")
+    key = f"Orange: first column, purple: last. Kinds with more than {LINES} sites: median, middle 80 % and range."
+    _write(figure, MARGIN, top + 18, key, size=8.5, color=SOFT)
     for i, band in enumerate(bands):
-        x, y = MARGIN + (i % 2) * CARD[0], top + 30 + (i // 2) * CARD[1]
+        x, y = MARGIN + (i % 2) * CARD[0], top + 44 + (i // 2) * CARD[1]
         left_axes, right_axes = place(figure, x + 40, y + 28, 230, 112), place(figure, x + 330, y + 28, 230, 112)
-        _write(figure, x, y + 10, plain(grid.bands[band].label, 70), size=9.5, weight="bold")
+        _write(figure, x, y + 4, plain(grid.bands[band].label, 70), size=9.5, weight="bold")
         draw_card(left_axes, right_axes, inspection, grid, grid.bands[band])

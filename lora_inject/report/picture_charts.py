@@ -11,7 +11,7 @@ from .layout import Band, Grid
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-CARD = (584, 192)
+CARD = (584, 194)
 """Width and height of a kind's two charts in points."""
 FIRST, LAST, BAND, RULE, SOFT = "#e08a1e", "#4b2a86", "#7b5aa6", "#d9dde3", "#5b6470"
 
@@ -61,8 +61,6 @@ def _spectra(axes: Axes, inspection: Inspection, grid: Grid, band: Band) -> None
 
 
 def _ranks(axes: Axes, inspection: Inspection, grid: Grid, band: Band) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     found = [(i, spectrum) for i in band.sites if (spectrum := inspection.sites[i].spectrum) is not None]
     top, rank = rank_top(inspection, band)
     colours, columns = _colours(grid), [grid.places[i].column for i, _ in found]
@@ -80,4 +78,4 @@ def _ranks(axes: Axes, inspection: Inspection, grid: Grid, band: Band) -> None:
     step = max(1, -(-len(grid.columns) // 6))
     shown = range(0, len(grid.columns), step)
     axes.set_xticks(list(shown), [grid.columns[i] for i in shown])
-    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.set_yticks(sorted({0, round(top / 2), top}))
