@@ -314,8 +314,8 @@ def test_no_two_sites_share_a_place(paths):
     grid = arrange(paths)
     assert len(set(grid.places)) == len(grid.places) == len(paths)
     assert len(grid.bands) <= BANDS and len(grid.columns) <= COLUMNS
-    for number, band in enumerate(grid.bands):
-        members = [i for i, place in enumerate(grid.places) if place.band == number]
+    for row, band in enumerate(grid.bands):
+        members = [i for i, place in enumerate(grid.places) if place.band == row]
         assert sorted(band.sites) == members and band.label
         assert {grid.places[i].lane for i in members} == set(range(band.lanes))
     assert max(place.column for place in grid.places) < len(grid.columns)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
+from dataclasses import fields
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -18,7 +22,12 @@ import lora_inject as li
 from lora_inject import safefile
 from lora_inject.cli import main
 from lora_inject.inspection import inspect_adapter
-from lora_inject.report.picture import png_picture
+from lora_inject.report.charts import LINES
+from lora_inject.report.layout import BANDS, COLUMNS, LANES
+from lora_inject.report.picture import CARDS, png_picture
+from lora_inject.report.spectra import Spectrum
+
+ROOT = Path(li.__file__).resolve().parents[1]
 
 PATHS = [f"model.layers.{i}.{kind}" for i in range(3) for kind in ("q_proj", "v_proj")]
 
@@ -113,6 +122,24 @@ def test_without_matplotlib_the_extra_is_named(run, adapter, tmp_path, monkeypat
     code, out, err = run(adapter, "--png", tmp_path / "r.png")
     assert (code, out) == (2, "") and "lora_inject[report]" in err
     assert run(adapter, "--html", tmp_path / "r.html")[0] == 0
+
+
+def test_the_commands_of_the_page_run(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page, names, commands = (ROOT / "docs" / "inspecting.md").read_text(encoding="utf-8"), {}, 0
+    for language, text in re.findall(r"^```(\w+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        if language == "python":
+            exec(text, names)
+        for command in text.splitlines() if language == "sh" else ():
+            assert command.startswith("lora-inject inspect ")
+            code, out, err = run(*shlex.split(command)[2:])
+            assert (code, err) == (0, "") and out, command
+            commands += 1
+    assert commands == 4
+    keys = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))))
+    assert keys == {field.name for field in fields(Spectrum)}
+    for limit in (BANDS, f"{LANES:,}", COLUMNS, LINES, CARDS):
+        assert re.search(rf"\b{limit}\b", page)
 
 
 # the picture

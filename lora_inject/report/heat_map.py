@@ -63,7 +63,7 @@ def legend(metric: Metric, scale: Scale) -> Markup:
     ]
     name = f"Legend: {metric.label} from {number(scale.low)}, dark, to {number(scale.high)}, light; {kind}"
     return tag(
-        "svg", bars, ticks, extra, class_=f"legend l{metric.letter}", width=600, height=36, role="img", aria_label=name
+        "svg", bars, ticks, extra, class_=f"legend l{metric.letter}", width=640, height=36, role="img", aria_label=name
     )
 
 

@@ -98,12 +98,12 @@ def _header(inspection: Inspection) -> Markup:
             tag("h1", f"Adapter “{clean(inspection.name)}”"),
             tag(
                 "p",
-                "File ",
+                "File: ",
                 tag("code", clean(inspection.file)),
                 f", {inspection.size:,} bytes, written by lora_inject {clean(inspection.version)}",
                 class_="soft",
             ),
-            tag("p", "Base ", tag("code", base) if inspection.base else base, class_="soft"),
+            tag("p", "Base: ", tag("code", base) if inspection.base else base, class_="soft"),
             tag("dl", [tag("div", tag("dt", key), tag("dd", value)) for key, value in tiles.items()], class_="tiles"),
         ]
     )
