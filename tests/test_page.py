@@ -18,6 +18,7 @@ from matplotlib.image import imread
 from lora_inject.inspection import inspect_adapter
 from lora_inject.report.files import write_html
 from lora_inject.report.layout import BANDS, COLUMNS, LANES, arrange
+from lora_inject.report.scale import BRIGHT, PALETTE, Scale, decades
 from lora_inject.report.text import LONG, clean, number, plain
 
 KINDS = ["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"]
@@ -319,3 +320,36 @@ def test_no_two_sites_share_a_place(paths):
         assert sorted(band.sites) == members and band.label
         assert {grid.places[i].lane for i in members} == set(range(band.lanes))
     assert max(place.column for place in grid.places) < len(grid.columns)
+
+
+def test_numbers_in_cells_stand_in_the_ink_that_reads_better():
+    def luminance(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    for step, colour in enumerate(PALETTE):
+        black, white = (luminance(colour) + 0.05) / 0.05, 1.05 / (luminance(colour) + 0.05)
+        assert (black > white) == (step >= BRIGHT), colour
+        assert max(black, white) >= 4.5
+
+
+def test_a_scale_starts_at_zero_or_is_logarithmic_where_values_differ_much():
+    linear = Scale.of([2.0, 8.0, 0.0, None, float("nan")])
+    assert (linear.low, linear.high, linear.logarithmic) == (0.0, 8.0, False)
+    assert [linear.step(v) for v in (0.0, None, float("inf"), 0.1, 2.0, 8.0)] == ["z", "n", "n", "0", "8", "31"]
+    assert linear.ticks(3) == [(0.0, 0.0), (0.5, 4.0), (1.0, 8.0)]
+    wide = Scale.of([1e-3, 10.0])
+    assert (wide.low, wide.high, wide.logarithmic) == (1e-3, 10.0, True)
+    assert [wide.step(v) for v in (1e-3, 0.1, 10.0)] == ["0", "16", "31"]
+    assert [value for _, value in wide.ticks(3)] == pytest.approx([1e-3, 0.1, 10.0])
+    assert Scale.of([]).step(0.0) == "z"
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(1e-9, 3.0), (0.9, 1.1), (2.1, 4.9), (3.1, 3.2), (1e-300, 1e300), (0.05, 20)]
+)
+def test_a_logarithmic_axis_has_a_few_round_labels(low, high):
+    found = decades(low, high)
+    assert 1 <= len(found) <= 9 and found == sorted(found)
+    assert all(low <= value <= high for value in found)

@@ -12,7 +12,7 @@ _CODES = (
 )
 PALETTE = tuple(f"#{_CODES[i : i + 6]}" for i in range(0, len(_CODES), 6))
 """Dark to light, low to high, in 32 steps: viridis (Smith & van der Walt 2015, CC0), which does not rely on hue."""
-BRIGHT = 19
+BRIGHT = 14
 """The first step on which black text reads better than white."""
 SPREAD = 30
 """Largest ratio of values that is still shown on a linear scale."""
