@@ -34,12 +34,11 @@ def inspect(
     """Show what is in an adapter file: sites, ranks, scaling, sizes, norms of A, B and the update, and the base."""
     from ..inspection import inspect_adapter
     from ..report.files import check_free, write_html, write_png
+    from ..report.picture import require_matplotlib
 
     writers = {file: write for file, write in ((html, write_html), (png, write_png)) if file is not None}
     check_free([file for file in (html, png) if file], [adapter, *filter(None, [base])], overwrite)
     if png is not None:
-        from ..report.picture import require_matplotlib
-
         require_matplotlib()
     found = inspect_adapter(adapter, spectra=spectra or bool(writers), base=base, check_base=not no_check_base)
     for file, write in writers.items():

@@ -10,6 +10,7 @@ from ..errors import StateError
 from ..inspected import Inspection
 from ..safefile import write_whole
 from .page import html_page
+from .picture import png_picture
 
 FilePath = str | os.PathLike[str]
 
@@ -58,7 +59,5 @@ def write_png(inspection: Inspection, path: FilePath) -> Path:
         ConfigError: matplotlib is missing.
         FormatError: the disk does not take the file; an older one stays as it was.
     """
-    from .picture import png_picture
-
     picture = png_picture(inspection)
     return write_whole(path, lambda beside: beside.write_bytes(picture))

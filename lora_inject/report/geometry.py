@@ -62,7 +62,7 @@ class MapShape:
         scales = [metric.scale(self.inspection) for metric in self.given]
         for i, (site, place) in enumerate(zip(self.inspection, self.grid.places, strict=True)):
             tall = lane_height(self.grid.bands[place.band])
-            gap = 1 if tall < 8 else 2
+            gap = 2 if tall >= 8 else tall / 8
             steps = tuple(scale.step(metric.value(site)) for metric, scale in zip(self.given, scales, strict=True))
             x, y = self.left + place.column * self.cell, self.tops[place.band] + place.lane * tall
             roomy = self.cell >= ROOMY and tall >= 14
