@@ -139,8 +139,9 @@ def _update(record: SiteRecord, tensors: Mapping[str, Tensor]) -> Tensor:
     """Returns what has the norm and the singular values of the update before scaling; the tensors have no problem."""
     if "lora_dense" in tensors:
         dense = tensors["lora_dense"]
-        stacked = "parameter" in record.extras and dense.dim() > 1
-        return dense if stacked else dense.reshape(dense.shape[0] if dense.dim() else 1, -1)
+        # Stacks of matrices are sites of a parameter; any other weight has its rows in front.
+        stacked = record.kind == "parameter" and dense.dim() > 1
+        return dense if stacked else dense.flatten(1) if dense.dim() > 1 else dense.reshape(-1, 1)
     matrices = _matrices(record, tensors["lora_A"], tensors["lora_B"])
     assert matrices is not None
     return core(*matrices)

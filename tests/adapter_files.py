@@ -9,13 +9,13 @@ from lora_inject.adapter_file import SiteRecord, metadata
 from lora_inject.config import SiteConfig
 
 
-def write_adapter(path, factors, alpha=None, kind="linear", extras=None):
+def write_adapter(path, factors, alpha=None, kind="linear", extras=None, fingerprint="0" * 16):
     """Writes a file with these {path: (A, B)}; returns its path."""
     records, tensors = [], {}
     for site, (a, b) in factors.items():
         rank = a.shape[-2] if extras else a.shape[0]
         config = SiteConfig(rank=rank, alpha=alpha, dtype=torch.float32)
-        base = {"shape": [*b.shape[:-1], a.shape[-1]], "hash": "0" * 16}
+        base = {"shape": [*b.shape[:-1], a.shape[-1]], "hash": fingerprint}
         records.append(SiteRecord(site, (), kind, config, extras or {}, base))
         prefix = f"{site}." if site else ""
         tensors |= {f"{prefix}lora_A": a.contiguous(), f"{prefix}lora_B": b.contiguous()}

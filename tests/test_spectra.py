@@ -202,3 +202,40 @@ def test_thinned_keeps_the_ends():
     assert thinned([5.0, 4.0, 3.0], 4) == [(1, 5.0), (2, 4.0), (3, 3.0)]
     found = thinned(range(1000), 7)
     assert len(found) == 7 and found[0] == (1, 0) and found[-1] == (1000, 999)
+
+
+def test_parameters_that_are_trained_as_a_whole_have_spectra_and_relative_sizes(tmp_path):
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.LayerNorm(5))
+    li.inject(model, [li.Target(path, adapter="full") for path in ("0.weight", "1.weight")], rank=1)
+    for parameter in li.adapter_parameters(model).values():
+        nn.init.normal_(parameter)
+    path = li.export(model, tmp_path / "full.safetensors")
+    expected = {site: (delta.double(), weight.double()) for site, delta, weight in deltas(model)}
+    found = inspect_adapter(path, spectra=True, base=save_base(model, tmp_path / "base.safetensors"))
+    assert [site.path for site in found] == ["0.weight", "1.weight"]
+    for site in found:
+        delta, weight = expected[site.path]
+        sigma = np.linalg.svd(delta.reshape(len(delta), -1).numpy(), compute_uv=False)
+        assert site.spectrum.values == pytest.approx(sigma, rel=1e-6)
+        assert site.relative == pytest.approx(float(delta.norm() / weight.norm()), rel=1e-6)
+
+
+def test_a_fingerprint_that_nobody_knows_is_not_compared(tmp_path):
+    a, b = torch.randn(2, 6), torch.randn(5, 2)
+    weight = torch.randn(5, 6)
+    save_file({"proj.weight": weight}, str(tmp_path / "base.safetensors"))
+    path = write_adapter(tmp_path / "a.safetensors", {"proj": (a, b)}, fingerprint=None)
+    (site,) = inspect_adapter(path, base=tmp_path / "base.safetensors")
+    assert site.norm_base == pytest.approx(float(weight.double().norm()), rel=1e-12)
+    path = write_adapter(tmp_path / "b.safetensors", {"proj": (a, b)}, fingerprint="0" * 16)
+    with pytest.raises(li.MismatchError, match="1 of 1 sites differ"):
+        inspect_adapter(path, base=tmp_path / "base.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 6), (2, 4, 0)])
+def test_factors_without_numbers_are_a_zero_update(tmp_path, shape):
+    rank, rows, columns = shape
+    path = write_adapter(tmp_path / "a.safetensors", {"p": (torch.zeros(rank, columns), torch.zeros(rows, rank))})
+    (site,) = inspect_adapter(path, spectra=True)
+    assert (site.norm_delta, site.spectrum.effective_rank) == (0.0, 0.0)

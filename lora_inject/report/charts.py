@@ -81,10 +81,10 @@ def shade(grid: Grid, column: int) -> int:
 
 
 def rank_top(inspection: Inspection, band: Band) -> tuple[int, int]:
-    """Returns up to where the axis of a kind's effective ranks reaches, and the largest rank of its factors."""
-    sites = [inspection.sites[i] for i in band.sites]
-    rank = max(site.rank for site in sites)
-    used = max((site.spectrum.effective_rank_range[1] for site in sites if site.spectrum), default=0.0)
+    """Returns up to where the axis of a kind's effective ranks reaches, and the largest rank that they can have."""
+    spectra = [s for i in band.sites if (s := inspection.sites[i].spectrum) is not None]
+    rank = max((len(spectrum.values) for spectrum in spectra), default=1)
+    used = max((spectrum.effective_rank_range[1] for spectrum in spectra), default=0.0)
     # A rank far above what is used would press all points to the ground.
     return rank if rank <= 4 * max(1.0, used) else max(1, math.ceil(1.25 * used)), rank
 
@@ -151,7 +151,7 @@ def rank_chart(inspection: Inspection, grid: Grid, band: Band) -> Markup:
     y_ticks = [(float(v), str(v)) for v in sorted({0, round(top / 2), round(top)})]
     name = f"Effective rank of {len(found)} sites of kind {clean(band.label)}"
     title = f"effective rank by {'depth' if grid.axis.startswith('depth') else 'column'}"
-    return _chart(frame, marks, y_ticks, x, title + ", rank dashed" * (top == rank), name)
+    return _chart(frame, marks, y_ticks, x, title + ", largest possible dashed" * (top == rank), name)
 
 
 Found = Sequence[tuple[int, SiteSummary, Spectrum]]

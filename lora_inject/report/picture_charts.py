@@ -67,7 +67,7 @@ def _ranks(axes: Axes, inspection: Inspection, grid: Grid, band: Band) -> None:
     title = f"effective rank by {'depth' if grid.axis.startswith('depth') else 'column'}"
     if top == rank:
         axes.axhline(rank, color=SOFT, lw=0.9, ls=(0, (4, 3)))
-        title += ", rank dashed"
+        title += ", largest possible dashed"
     axes.set_title(title, size=8.5, color=SOFT, loc="left")
     for column, (_, spectrum) in zip(columns, found, strict=True):
         if spectrum.matrices > 1:

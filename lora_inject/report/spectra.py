@@ -65,11 +65,11 @@ def spectrum_of(matrix: Tensor, scaling: float) -> Spectrum | None:
             such.
         scaling: factor before it.
     """
-    scaled = matrix.reshape(-1, *matrix.shape[-2:]) * scaling
+    whole = matrix if matrix.numel() else matrix.new_zeros(1, 1)
+    scaled = whole.reshape(-1, *whole.shape[-2:]) * scaling
     if not torch.isfinite(scaled).all():
         return None
     values = torch.linalg.svdvals(scaled)
-    values = values if values.numel() else values.new_zeros(max(1, len(values)), 1)
     ranks = effective_ranks(values)
     energies = values.square().mean(0)
     kept = [energy_rank(energies, share) for share in ENERGIES]
