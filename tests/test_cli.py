@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_inject as li
@@ -557,3 +558,15 @@ def test_the_commands_of_the_documentation_run(run, tmp_path, monkeypatch):
             commands += 1
     assert commands > 10
     assert transformers.AutoModelForCausalLM.from_pretrained("merged").config.architectures == ["LlamaForCausalLM"]
+
+
+def test_names_that_no_terminal_can_show_are_printed_as_escapes(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4))
+    li.inject(model, "0", rank=1)
+    path = li.export(model, tmp_path / "adapter.safetensors")
+    with safe_open(path, "pt") as file:
+        meta = {key: text.replace('"0"', '"\\ud800"') for key, text in file.metadata().items()}
+    save_file(load_file(path), path, meta)
+    out, err = (process := entry_point("inspect", path)).communicate()
+    assert process.returncode == 0, err
+    assert "\\ud800" in out

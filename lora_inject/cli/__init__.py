@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        # Names in files of strangers may hold what no terminal can show.
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     try:
         code = typer.main.get_command(app).main(arguments, prog_name=PROGRAM, standalone_mode=False)
