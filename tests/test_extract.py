@@ -341,6 +341,31 @@ def test_tensors_without_a_counterpart_are_listed(tmp_path):
     assert [row.path for row in li.extract(*ends, rank=1, exclude=["b", "c.*", "d"])] == ["a"]
 
 
+def test_shapes_other_than_those_of_the_config_are_told(tmp_path):
+    model = llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(5)
+    for name, add in (("base", 0.0), ("tuned", 1.0)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.json").write_bytes((tmp_path / "base" / "config.json").read_bytes())
+        changed = {key: value + add for key, value in tensors.items()}
+        save_file(changed, tmp_path / name / "model.safetensors")
+    ends = (tmp_path / "base", tmp_path / "tuned", tmp_path / "a")
+    with pytest.raises(li.MismatchError, match=r"model\.norm\.weight: \(5,\) in .*\(16,\) in the model"):
+        li.extract(*ends, rank=1)
+    found = li.extract(*ends, rank=1, exclude="model.norm")
+    assert "model.norm.weight" not in {one.path for one in found.left}
+
+
+def test_changes_below_the_range_of_squares_are_kept(tmp_path):
+    tiny = torch.full((3, 2), 1e-200, dtype=torch.float64)
+    ends = checkpoints(tmp_path, {"a.weight": tiny * 0}, {"a.weight": tiny})
+    found = li.extract(*ends, rank=1)
+    assert found.relative == found.sites[0].relative == 0 and str(found)
+    assert torch.allclose(delta_of(read_file(ends[2])["a"]) * 1e200, tiny * 1e200)
+
+
 def test_equal_checkpoints_give_nothing(tmp_path):
     one = {"a.weight": torch.ones(3, 2), "a.bias": torch.ones(3)}
     ends = checkpoints(tmp_path, one, one)

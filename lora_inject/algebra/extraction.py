@@ -34,8 +34,8 @@ class ExtractedSite:
 
     @property
     def relative(self) -> float:
-        """The error over the norm."""
-        return self.error / self.norm
+        """The error over the norm; 0 where the norm is too small for float64."""
+        return self.error / self.norm if self.norm else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,11 @@ class Extraction:
         """Frobenius norm of what rank and rounding took from all sites."""
         return math.hypot(*(site.error for site in self.sites))
 
+    @property
+    def relative(self) -> float:
+        """The error over the norm; 0 where the norm is too small for float64."""
+        return self.error / self.norm if self.norm else 0.0
+
     def __len__(self) -> int:
         return len(self.sites)
 
@@ -110,7 +115,7 @@ class Extraction:
             f"{self.out}: adapter {self.name!r}, {len(self)} sites, {self.size:,} bytes; "
             f"{self.unchanged} parameters did not change",
             f"|dW| of all sites together: {self.norm:.4g}; rank and rounding took {self.error:.3g} of it "
-            f"({self.error / self.norm:.3g})",
+            f"({self.relative:.3g})",
             self.note,
         ]
         return "\n".join(lines)
@@ -123,6 +128,7 @@ class Extraction:
             "size": self.size,
             "norm": self.norm,
             "error": self.error,
+            "relative": self.relative,
             "sites": [asdict(site) | {"relative": site.relative} for site in self.sites],
             "left": [asdict(one) for one in self.left],
             "unchanged": self.unchanged,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -70,13 +71,15 @@ def select(base: Base, tuned: Base, targets: object, exclude: object, whole: obj
     paths = sorted({path for parameter in every for path in _paths(parameter)} | keys | {_owner(key) for key in keys})
     wanted = None if targets is None else _Patterns(as_patterns(targets), paths)
     out, full = _Patterns(as_patterns(exclude), paths), _Patterns(as_patterns(whole), paths)
-    chosen = [p for p in every if (wanted is None or wanted.any(_paths(p))) and not out.any(_paths(p))]
     finder, found = _Finder(base, names, tuned, other), []
-    for parameter in chosen:
+    for parameter in every:
+        if out.any(_paths(parameter)) or not (wanted is None or wanted.any(_paths(parameter))):
+            finder.skip(parameter)
+            continue
         is_whole = full.any(_paths(parameter))
         pair = finder.pair(parameter, parameter.whole if is_whole else parameter.place, is_whole)
         found += [pair] if pair else []
-    loose = () if wanted else finder.loose(every, out)
+    loose = () if wanted else finder.loose(out)
     if finder.lines:
         raise MismatchError(
             f"{tuned.root}: {len(finder.lines)} tensors have no counterpart of the same shape in {base.root}, or the "
@@ -120,6 +123,7 @@ class _Finder:
         axes = _axes(parameter, place, whole)
         before, after = (self._weight(base, names, parameter, axes) for base, names in self.sides)
         if before is None and after is None:
+            self._note_misfit(parameter)
             return None
         if before is None or after is None:
             missing = self.sides[0 if before is None else 1][0].root
@@ -128,6 +132,19 @@ class _Finder:
         wrong = _other_shapes(before, after)
         self.lines += wrong
         return None if wrong else Pair(parameter, before, after, place, whole)
+
+    def skip(self, parameter: Parameter) -> None:
+        """Accounts for the tensors of a parameter that is not wanted."""
+        for _, names in self.sides:
+            with contextlib.suppress(UnsupportedError):
+                self.used |= {piece.key for piece in names.pieces(parameter.paths[0], min(1, len(parameter.shape)))}
+
+    def _note_misfit(self, parameter: Parameter) -> None:
+        """Notes a parameter that the checkpoints hold in another shape than its model has, if they do."""
+        for base, _ in self.sides:
+            for key in base.tensors.keys() & set(parameter.paths):
+                shape = base.tensors[key].entry.shape
+                self.lines.append(f"{key}: {shape} in {base.root}, {parameter.shape} in the model of its config.json")
 
     def _weight(self, base: Base, names: Names, parameter: Parameter, axes: int) -> Weight | None:
         pieces = self._pieces(names, parameter, axes)
@@ -147,11 +164,10 @@ class _Finder:
             raise UnsupportedError(f"{error}; or leave it out (exclude=, --exclude)") from error
         return ()
 
-    def loose(self, every: Sequence[Parameter], out: _Patterns) -> tuple[str, ...]:
+    def loose(self, out: _Patterns) -> tuple[str, ...]:
         """Returns the keys that no parameter uses, in both checkpoints, and notes those that only one has."""
         base, tuned = (side[0].tensors for side in self.sides)
-        known = self.used | {path for parameter in every for path in parameter.paths}
-        rest = [key for key in (base | tuned) if key not in known and not out.any((key, _owner(key)))]
+        rest = [key for key in (base | tuned) if key not in self.used and not out.any((key, _owner(key)))]
         for key in rest:
             if key not in base or key not in tuned:
                 self.lines.append(f"{key}: only in {(self.sides[0] if key in base else self.sides[1])[0].root}")
