@@ -44,6 +44,8 @@ class Adapter(nn.Module, abc.ABC):
     """Serve a site only where a Target asks for this class by `adapter=`."""
     mergeable: ClassVar[bool] = True
     """Whether the update can be written into the host's parameters."""
+    stacks: ClassVar[bool] = False
+    """Whether updates add up by stacking `lora_A` and `lora_B` along the rank, and dense ones by their sum."""
 
     row_axes: int = 1
     """How many leading axes of the weight count as its rows when it is merged block by block (lora_inject.blocks)."""

@@ -31,6 +31,7 @@ class FactoredAdapter(Adapter, abc.ABC):
     """Whether the weight is stored as (in, out), so that the input meets B before A."""
     portable: ClassVar[bool] = True
     """Whether other programs know low-rank pairs for what this class serves."""
+    stacks = True
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_dense: nn.Parameter

@@ -24,7 +24,7 @@ FLOORS = [
     {"surgery", "switches", "verify", "state"},
     {"loading"},
     {"checkpoint.*"},
-    {"convert", "report.*"},
+    {"convert", "report.*", "algebra.*"},
     {"inspection"},
     {""},
     {"cli.*"},

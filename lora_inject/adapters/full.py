@@ -26,6 +26,7 @@ class FullAdapter(Adapter):
     kind = "full"
     on_request = True
     extras = ("parameter",)
+    stacks = True
 
     def __init__(
         self,

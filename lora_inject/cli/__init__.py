@@ -9,7 +9,20 @@ from typing import Any
 
 import typer
 
-from . import convert, inspect, merge, plan, recipes, verify  # noqa: F401 - importing a command adds it to the application
+from . import (  # noqa: F401 - importing a command adds it to the application
+    add,
+    convert,
+    extract,
+    inspect,
+    merge,
+    norms,
+    plan,
+    recipes,
+    resize,
+    similarity,
+    subtract,
+    verify,
+)
 from .app import PROGRAM, app
 from .output import rank
 
