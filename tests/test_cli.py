@@ -430,7 +430,7 @@ def test_a_traceback_comes_only_with_debug(run, argv):
 
 
 def test_an_unexpected_error_is_one_line_too(run, llama, monkeypatch):
-    def fail(path):
+    def fail(path, **options):
         raise ValueError("two\nlines")
 
     monkeypatch.setattr("lora_inject.inspection.inspect_adapter", fail)
