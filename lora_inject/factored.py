@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,12 @@ from .config import SiteConfig
 from .host import base_tensor
 
 ALL = slice(None)
+
+
+def _as_they_are(device: str) -> AbstractContextManager[None]:
+    """Under autocast the product would be rounded to half precision before it is added."""
+    # Entering it costs more than small products do, and merging asks for thousands of them.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class FactoredAdapter(Adapter, abc.ABC):
@@ -88,10 +95,10 @@ class FactoredAdapter(Adapter, abc.ABC):
 
     def delta_rows(self, host: Any, name: str) -> Rows:
         """Returns what gives the rows of one update from the rows of B alone."""
+        device = next(self.parameters()).device.type
 
         def give(rows: slice) -> Tensor:
-            # Under autocast the product would be rounded to half precision before it is added.
-            with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            with _as_they_are(device):
                 if name == self.updates[0]:
                     found = self.unfold(host, self.matrix(rows), rows)
                     # In place where nothing else holds the numbers: a dense update may be the parameter itself.
