@@ -66,10 +66,13 @@ class FactoredAdapter(Adapter, abc.ABC):
         return shapes
 
     def matrix(self, rows: slice = ALL) -> Tensor:
-        """Returns B A as (rows, columns), or the dense update, in float32 or wider; of the given rows only."""
+        """Returns scaling * B A as (rows, columns), or the dense update, in float32 or wider; of the given rows only.
+
+        B takes the scaling, having fewer numbers than the product.
+        """
         if self.is_dense:
-            return wide(self.lora_dense[rows])
-        a, b = wide(self.lora_A), wide(self.lora_B[rows])
+            return wide(self.lora_dense[rows]) * self.scaling
+        a, b = wide(self.lora_A), wide(self.lora_B[rows]) * self.scaling
         return b.reshape(-1, a.shape[0]) @ a.reshape(a.shape[0], -1)
 
     def unfold(self, host: Any, matrix: Tensor, rows: slice = ALL) -> Tensor:
@@ -100,10 +103,7 @@ class FactoredAdapter(Adapter, abc.ABC):
         def give(rows: slice) -> Tensor:
             with _as_they_are(device):
                 if name == self.updates[0]:
-                    found = self.unfold(host, self.matrix(rows), rows)
-                    # In place where nothing else holds the numbers: a dense update may be the parameter itself.
-                    fresh = not self.is_dense and not torch.is_grad_enabled()
-                    return found.mul_(self.scaling) if fresh else found * self.scaling
+                    return self.unfold(host, self.matrix(rows), rows)
                 bias = self.bias_delta(host)
                 assert bias is not None
                 return bias[rows] * self.scaling
