@@ -19,12 +19,6 @@ from .host import base_tensor
 ALL = slice(None)
 
 
-def _as_they_are(device: str) -> AbstractContextManager[None]:
-    """Under autocast the product would be rounded to half precision before it is added."""
-    # Entering it costs more than small products do, and merging asks for thousands of them.
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
 class FactoredAdapter(Adapter, abc.ABC):
     """One factored update of the parameter `weight` (Hu et al. 2021, arXiv:2106.09685, equation 3).
 
@@ -131,3 +125,9 @@ class FactoredAdapter(Adapter, abc.ABC):
     def strength(self) -> float:
         """The scaling, times the factor of the open `scaled` contexts."""
         return self.scaling * self.factor
+
+
+def _as_they_are(device: str) -> AbstractContextManager[None]:
+    """Under autocast the product would be rounded to half precision before it is added."""
+    # Entering it costs more than small products do, and merging asks for thousands of them.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
