@@ -67,11 +67,12 @@ class FactoredAdapter(Adapter, abc.ABC):
         if self.is_dense:
             return wide(self.lora_dense[rows]) * self.scaling
         a, b = wide(self.lora_A), wide(self.lora_B[rows]) * self.scaling
-        return b.reshape(-1, a.shape[0]) @ a.reshape(a.shape[0], -1)
+        return b @ (a if a.dim() == 2 else a.flatten(1))
 
     def unfold(self, host: Any, matrix: Tensor, rows: slice = ALL) -> Tensor:
         """Returns the product, or the dense update, in the shape of the weight, or of the given rows of it."""
-        return matrix.reshape(matrix.shape[0], *base_tensor(host, self.updates[0]).shape[1:])
+        shape = base_tensor(host, self.updates[0]).shape
+        return matrix if len(shape) == 2 else matrix.reshape(matrix.shape[0], *shape[1:])
 
     def bias_delta(self, host: Any) -> Tensor | None:
         """Returns the update of the host's bias before scaling, or None without `bias=True`."""

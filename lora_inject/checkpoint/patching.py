@@ -22,8 +22,8 @@ RUN = 8
 """How many blocks one thread takes at a time."""
 SAMPLED = 2**15
 """Elements of a parameter that its line in the report is estimated from."""
-WRITE = 2**18
-"""Bytes of one write: the page cache of Linux takes larger ones much slower than these."""
+WRITE = 2**20
+"""Bytes of one write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,9 @@ class Work:
         self, span: Span, updates: Sequence[Rows], columns: int, source: int | None, into: int, scratch: Scratch
     ) -> Sample | None:
         target, rows = self.patch.target, span.rows.stop - span.rows.start
-        total = total_rows(updates, span.block).reshape(-1, columns)
+        # Every call into torch lets the other threads have the interpreter, and then waits for it: few calls.
+        total = total_rows(updates, span.block)
+        total = total if total.dim() == 2 else total.reshape(-1, columns)
         if span.rows != span.block:
             total = total[span.rows.start - span.block.start : span.rows.stop - span.block.start]
         original = None if source is None else _read(source, target, span.row, rows, columns, scratch)
@@ -185,7 +187,7 @@ def write_all(into: int, data: bytes | memoryview, at: int) -> None:
 
 def _surely_finite(summed: Tensor, dtype: torch.dtype) -> bool:
     """Says whether the norm of the sum alone shows that no element can be infinite or NaN once it is rounded."""
-    flat = summed.reshape(-1)
+    flat = summed.view(-1)
     return math.isfinite(norm := float(torch.dot(flat, flat)) ** 0.5) and norm < torch.finfo(dtype).max
 
 
