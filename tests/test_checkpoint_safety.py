@@ -258,7 +258,11 @@ def test_bytes_are_copied_through_memory_where_the_kernel_cannot(tmp_path, piece
     def refuse(*arguments):
         raise OSError(18, "Invalid cross-device link")
 
+    def unknown(*arguments):
+        raise OSError(95, "Operation not supported")
+
     monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    monkeypatch.setattr(os, "posix_fallocate", unknown, raising=False)
     merge_checkpoint(base, adapter, tmp_path / "out")
     assert content(tmp_path / "out") == whole
 
