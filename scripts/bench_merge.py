@@ -1,12 +1,10 @@
-"""Merging a checkpoint on disk: ours, `cp -r`, PEFT and a bare pass over the bytes in turn, in one run on one disk.
+"""Merging a checkpoint on disk: ours, `cp -r` and PEFT in turn, in one run on one disk.
 
 `python scripts/bench_merge.py` makes a Llama-shaped bfloat16 checkpoint of 1.3 GB and an adapter for its seven
 projections in a temporary folder, runs every contender several times, interleaved, each in a fresh process, and prints
 medians and ratios. `--quick` does the same at a few MB, to see that it runs. PEFT means loading with transformers,
-`PeftModel.from_pretrained`, `merge_and_unload` and `save_pretrained`. The bare pass is what a merge cannot undercut by
-much: every byte read, widened to float32, rounded, written and synced, on as many threads as there are cores. Times are
-those of the work itself, without the imports; memory is the peak of the process above that of one that has only
-imported torch.
+`PeftModel.from_pretrained`, `merge_and_unload` and `save_pretrained`. Times are those of the work itself,
+without the imports; memory is the peak of the process above that of one that has only imported torch.
 """
 
 from __future__ import annotations
@@ -31,42 +29,6 @@ import json, sys, time, torch
 from lora_inject.checkpoint import merge_checkpoint
 began = time.perf_counter()
 merge_checkpoint(sys.argv[1], sys.argv[2] + ".safetensors", sys.argv[3])
-took = time.perf_counter() - began
-{PEAK}
-print(json.dumps([took, peak]))
-"""
-PASS = f"""
-import json, os, sys, threading, time, torch
-from pathlib import Path
-STEP, lock = 2**20, threading.Lock()
-def stretches():
-    for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
-        source, into = os.open(path, os.O_RDONLY), os.open(out / path.name, os.O_RDWR | os.O_CREAT)
-        files.append(into)
-        os.posix_fallocate(into, 0, path.stat().st_size)
-        yield from ((source, into, at) for at in range(0, path.stat().st_size, 8 * STEP))
-def work():
-    torch.set_num_threads(1)
-    held, rounded = bytearray(STEP), torch.empty(STEP // 2, dtype=torch.bfloat16)
-    view, result = memoryview(held), memoryview(rounded.view(torch.uint8).numpy())
-    while True:
-        with lock:
-            given = next(todo, None)
-        if given is None:
-            return
-        source, into, start = given
-        for at in range(start, start + 8 * STEP, STEP):
-            count = os.preadv(source, [view], at)
-            rounded.copy_(torch.frombuffer(held, dtype=torch.bfloat16).float())
-            os.pwrite(into, result[:count], at)
-began = time.perf_counter()
-out, files = Path(sys.argv[2]), []
-out.mkdir()
-todo = stretches()
-workers = [threading.Thread(target=work) for _ in os.sched_getaffinity(0)]
-[worker.start() for worker in workers]
-[worker.join() for worker in workers]
-[os.fsync(file) for file in files]
 took = time.perf_counter() - began
 {PEAK}
 print(json.dumps([took, peak]))
@@ -141,7 +103,6 @@ def contenders(folder: Path, shard: str) -> dict[str, Callable[[], tuple[float, 
     return {
         "cp -r": lambda: run_cp(base, out, False),
         "cp -r, synced": lambda: run_cp(base, out, True),
-        "one bare pass, synced": lambda: run_python(PASS, str(base), str(out)),
         "lora_inject, synced": lambda: run_python(OURS, str(base), str(adapter), str(out)),
         "PEFT, not synced": lambda: run_python(PEFT, str(base), str(adapter), str(out), shard),
     }
@@ -182,10 +143,10 @@ def compare(folder: Path, shard: str) -> float:
 
 def report(found: dict[str, list[tuple[float, float]]], idle: float, size: int) -> str:
     seconds = {name: statistics.median(time for time, _ in results) for name, results in found.items()}
-    others = ["cp -r", "cp -r, synced", "one bare pass, synced", "PEFT, not synced"]
+    others = ["cp -r", "cp -r, synced", "PEFT, not synced"]
     lines = [
         f"| | seconds | {' | '.join(f'of {name}' for name in others)} | peak above `import torch` |",
-        "|---" * 7 + "|",
+        "|---" * 6 + "|",
     ]
     for name, results in found.items():
         peak = max(memory for _, memory in results)
