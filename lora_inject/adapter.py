@@ -19,9 +19,12 @@ Rows = Callable[[slice], Tensor]
 """Gives the rows of an update that a slice selects, in float32 or wider."""
 
 
+WIDE = (torch.float32, torch.float64)
+
+
 def wide(tensor: Tensor) -> Tensor:
     """Returns the tensor in float32, or in its own dtype where that is wider."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor if tensor.dtype in WIDE else tensor.float()
 
 
 class Adapter(nn.Module, abc.ABC):

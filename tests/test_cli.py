@@ -155,6 +155,9 @@ def test_plan_takes_a_recipe(run, llama, tmp_path, by_path):
         (["verify", "BASE"], ["--adapter"]),
         (["merge", "BASE", "OUT"], ["ADAPTER"]),
         (["merge", "BASE", "ADAPTER:nan", "OUT"], ["finite"]),
+        (["merge", "BASE", "OUT", "--adapter", "ADAPTER:nan"], ["finite"]),
+        (["merge", "BASE", "ADAPTER", "OUT", "--dtype", "int8"], ["int8", "bfloat16"]),
+        (["merge", "BASE", "ADAPTER", "OUT", "--via-model", "--dtype", "float32"], ["via_model"]),
         (["merge", "BASE", "ADAPTER", "OUT", "--threads", "0"], ["--threads"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -393,6 +396,20 @@ def test_merge_writes_what_from_pretrained_loads(run, llama, tmp_path, more):
             assert not torch.equal(loaded[key], before)
         else:
             assert torch.equal(loaded[key], before)
+
+
+def test_merge_stores_what_changes_in_another_dtype_and_takes_adapters_by_name(run, llama, tmp_path):
+    adapter = llama / "adapter.safetensors"
+    code, _, err = run("merge", llama / "base", tmp_path / "out", "--adapter", f"{adapter}:3", "--dtype", "float64")
+    assert code == 0, err
+    changed = {key for key in read_header(adapter).tensors if key.endswith("lora_B")}
+    dtypes = {key: tensor.dtype for key, tensor in weights(tmp_path / "out").items()}
+    wider = {key for key, dtype in dtypes.items() if dtype == torch.float64}
+    assert wider == {key.replace(".lora_B", ".weight") for key in changed} and len(wider) < len(dtypes)
+    by_place = ("merge", llama / "base", f"{adapter}:2", tmp_path / "two", "--adapter", adapter, "--dtype", "float64")
+    assert run(*by_place)[0] == 0
+    for key, tensor in weights(tmp_path / "two").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "out")[key], rtol=1e-6, atol=1e-6)
 
 
 def test_merge_replaces_an_output_only_when_told(run, llama, tmp_path):
