@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .config import SITE_OPTIONS, SiteConfig, as_dtype, check_name, dtype_name
 from .errors import ConfigError, FormatError
-from .safefile import Entry, Header, parse_json, read_header, read_tensors
+from .safefile import Entry, Header, parse_json, read_header, read_tensors, stamp
 from .version import VERSION
 
 FORMAT = "lora_inject"
@@ -66,6 +66,20 @@ class AdapterFile:
     def path(self) -> Path:
         """The file."""
         return self.header.path
+
+    @property
+    def program(self) -> str:
+        """What wrote it."""
+        return f"lora_inject {self.version}"
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.path.stat().st_size
+
+    def stamp(self) -> bytes:
+        """Returns what tells one state of the file from another."""
+        return stamp(self.path, self.header.data)
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Returns tensors by their keys in the file, on the CPU."""

@@ -80,7 +80,7 @@ class Inspection:
     Attributes:
         file: path of the file.
         name: the adapter's name.
-        version: the lora_inject that wrote it.
+        program: what wrote it: lora_inject with its version, or the name of another format.
         size: bytes of the file.
         sites: one summary per site, in the order of the file.
         strays: names of tensors that belong to no site; `load` refuses a file with any.
@@ -90,7 +90,7 @@ class Inspection:
 
     file: str
     name: str
-    version: str
+    program: str
     size: int
     sites: tuple[SiteSummary, ...]
     strays: tuple[str, ...]
@@ -120,7 +120,7 @@ class Inspection:
         headers = ["path", "adapter", "shape", "rank", "scaling", "dtype", "parameters", "|A|", "|B|", "|dW|"]
         headers += ["|dW|/|W|"] * (self.base is not None) + ["effective rank"] * self.with_spectra
         lines = [
-            f"{self.file}: adapter {self.name!r}, written by lora_inject {self.version}",
+            f"{self.file}: adapter {self.name!r}, written by {self.program}",
             "",
             table((*headers, "base", "note"), [self._row(site) for site in self.sites]),
             "",
@@ -145,7 +145,7 @@ class Inspection:
         return {
             "file": self.file,
             "name": self.name,
-            "version": self.version,
+            "program": self.program,
             "size": self.size,
             "parameters": self.parameters,
             "norm_delta": self.norm_delta,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -9,14 +10,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .adapter_file import AdapterFile, SiteRecord, read_adapter_file
-from .checkpoint.inputs import Input
+from .adapter_file import SiteRecord
+from .checkpoint.inputs import Input, read_source
 from .config import dtype_name
 from .errors import FormatError
+from .formats import Source
 from .inspected import Inspection, SiteSummary
 from .report.base_norms import base_norms
 from .report.spectra import core, spectrum_of
-from .safefile import read_tensors
+from .sites import join
 
 BATCH = 256 * 2**20
 """Bytes of tensors that are held at a time."""
@@ -35,7 +37,7 @@ def inspect_adapter(
     or its metadata cannot be understood.
 
     Args:
-        path: a file written by `export`.
+        path: an adapter of any known format.
         spectra: compute the singular values of every update too.
         base: the checkpoint that the adapter was trained on, a folder or a `.safetensors` file, to read the norms of
             its weights from.
@@ -45,35 +47,33 @@ def inspect_adapter(
         FormatError: the file or the base cannot be read, or the file is no adapter file.
         MismatchError: the base has none of the sites, or other weights.
     """
-    file = read_adapter_file(path)
+    file = read_source(path, base)
     shapes = {record.path: _base_shape(file, record) for record in file.sites.values()}
     norms = {} if base is None else base_norms(base, Input(file, 1.0), check_base)
     summaries = []
     for group in _batches(file):
         keys = {record.path: _keys(file, record) for record in group}
-        tensors = read_tensors(file.header, [key for own in keys.values() for key in own.values()])
+        tensors = file.read(key for own in keys.values() for key in own.values())
         for record in group:
             own = {name: tensors[key] for name, key in keys[record.path].items()}
             found = _summary(record, shapes[record.path], own, spectra)
             summaries.append(replace(found, norm_base=norms.get(record.path)))
-    strays = tuple(
-        sorted(set(file.header.tensors) - {key for r in file.sites.values() for key in _keys(file, r).values()})
-    )
-    size, measured = file.header.path.stat().st_size, None if base is None else str(base)
-    return Inspection(str(path), file.name, file.version, size, tuple(summaries), strays, measured, spectra)
+    strays = sorted(join(site, key) for site, own in file.entries.items() if site not in file.sites for key in own)
+    measured = None if base is None else str(base)
+    return Inspection(str(path), file.name, file.program, file.size, tuple(summaries), tuple(strays), measured, spectra)
 
 
-def _keys(file: AdapterFile, record: SiteRecord) -> dict[str, str]:
+def _keys(file: Source, record: SiteRecord) -> dict[str, str]:
     """Returns the keys of a site's tensors in the file by the names of the parameters."""
     return {name: f"{record.prefix}{name}" for name in file.entries.get(record.path, {})}
 
 
-def _batches(file: AdapterFile) -> Iterator[list[SiteRecord]]:
+def _batches(file: Source) -> Iterator[list[SiteRecord]]:
     """Yields the sites in groups whose tensors take about `BATCH` bytes, as each reading parses the header again."""
     group: list[SiteRecord] = []
     held = 0
     for record in file.sites.values():
-        size = sum(entry.end - entry.start for entry in file.entries.get(record.path, {}).values())
+        size = sum(math.prod(e.shape) * e.dtype.itemsize for e in file.entries.get(record.path, {}).values())
         if group and held + size > BATCH:
             yield group
             group, held = [], 0
@@ -108,10 +108,10 @@ def _summary(record: SiteRecord, shape: tuple[int, ...], tensors: Mapping[str, T
     )
 
 
-def _base_shape(file: AdapterFile, record: SiteRecord) -> tuple[int, ...]:
+def _base_shape(file: Source, record: SiteRecord) -> tuple[int, ...]:
     shape = record.base["shape"]
     if not isinstance(shape, list) or not all(isinstance(size, int) for size in shape):
-        raise FormatError(f"{file.header.path}: metadata: base.sites: shape of {record.path!r} is no list of sizes")
+        raise FormatError(f"{file.path}: metadata: base.sites: shape of {record.path!r} is no list of sizes")
     return tuple(shape)
 
 

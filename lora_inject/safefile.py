@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -168,6 +169,14 @@ def read_tensors(header: Header, names: Iterable[str]) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise FormatError(f"{header.path}: cannot be read: {error}") from error
+
+
+def stamp(path: Path, head: int) -> bytes:
+    """Returns what tells one state of a file from another: a hash of its first bytes, its size and its time."""
+    with path.open("rb") as file:
+        state = os.fstat(file.fileno())
+        content = hashlib.blake2b(file.read(head)).digest()
+    return content + f"{path.name}:{state.st_size}:{state.st_mtime_ns}".encode("utf-8", "surrogatepass")
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:

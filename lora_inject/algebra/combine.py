@@ -128,7 +128,7 @@ def _combine(
 ) -> Combination:
     wanted = given_dtype(dtype)
     name = files[0][0].source.name if name is None else check_name(name)
-    check_out(out, overwrite, [terms[0].source.header.path for terms in files])
+    check_out(out, overwrite, [terms[0].source.path for terms in files])
     groups = match(files, check_base)
     sums = [add_up(group, cut, wanted) for group in groups]
     size = write(out, name, [(record, tensors) for record, tensors, _ in sums])

@@ -16,8 +16,8 @@ from ..adapter_file import SiteRecord
 from ..checkpoint.names import StandIn
 from ..config import dtype_name
 from ..errors import FormatError, LoraInjectError, UnsupportedError, did_you_mean
+from ..formats.bundle import Shaped
 from ..registry import by_kind
-from ..safefile import Entry
 from .lowrank import LowRank
 
 Tensors = Mapping[str, Tensor]
@@ -193,7 +193,7 @@ def _layout(
         raise FormatError(f"kind {record.kind!r} cannot have a weight of shape {weight}: {error}") from error
 
 
-def read_form(record: SiteRecord, entries: Mapping[str, Entry]) -> Form:
+def read_form(record: SiteRecord, entries: Mapping[str, Shaped]) -> Form:
     """Returns the form of a site of a file, every tensor of which it accounts for.
 
     Raises:
@@ -224,7 +224,7 @@ def _check_extras(kind: type[Adapter], record: SiteRecord) -> None:
         raise FormatError(f"its parameter, {str(record.extras['parameter'])[:80]}, is no name")
 
 
-def _check_entries(record: SiteRecord, layout: Layout, entries: Mapping[str, Entry]) -> None:
+def _check_entries(record: SiteRecord, layout: Layout, entries: Mapping[str, Shaped]) -> None:
     lines = [f"{name} is missing" for name in layout if name not in entries]
     for name, entry in entries.items():
         wanted = layout.get(name)

@@ -112,7 +112,7 @@ def norms(adapter: str | os.PathLike[str]) -> Norms:
         SiteNorms(term.record.path, term.record.kind, term.form.weight, term.record.config.rank, _sizes([own]))
         for term, own in zip(terms, values, strict=True)
     ]
-    return Norms(str(terms[0].source.header.path), tuple(rows), _sizes(values))
+    return Norms(str(terms[0].source.path), tuple(rows), _sizes(values))
 
 
 def _values(term: Term) -> Tensor:

@@ -126,7 +126,7 @@ def similarity(a: str | os.PathLike[str], b: str | os.PathLike[str], *, check_ba
         for i, source in enumerate((first, second))
     )
     inner = math.fsum(site.inner for site in sites)
-    names = (str(first.header.path), str(second.header.path))
+    names = (str(first.path), str(second.path))
     return Similarity(names, _cosine(inner, *norms), (norms[0], norms[1]), sites, (owns[0], owns[1]))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,10 +10,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..adapter_file import AdapterFile, SiteRecord
+from ..adapter_file import SiteRecord
 from ..checkpoint.inputs import Input, Paths, read_inputs
 from ..errors import ConfigError, FormatError, LoraInjectError, MismatchError, listing
-from ..safefile import read_tensors
+from ..formats import Source
 from .form import Form, Tensors, read_form
 from .lowrank import LowRank, of_dense
 
@@ -73,7 +72,7 @@ class Term:
         weight: what the caller multiplies the update by.
     """
 
-    source: AdapterFile
+    source: Source
     record: SiteRecord
     form: Form
     weight: float
@@ -105,11 +104,11 @@ class Term:
             FormatError: the file cannot be read any more, or holds NaN or infinity.
         """
         keys = {name: f"{self.record.prefix}{name}" for name in self.source.entries[self.record.path]}
-        tensors = read_tensors(self.source.header, keys.values())
+        tensors = self.source.read(keys.values())
         bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         if bad:
             raise FormatError(
-                f"{self.source.header.path}: NaN or infinity in {len(bad)} tensors of site {self.record.path!r}:\n"
+                f"{self.source.path}: NaN or infinity in {len(bad)} tensors of site {self.record.path!r}:\n"
                 f"{listing(bad)}\nNothing was written: train again from a sound state, or drop the site."
             )
         return Loaded(self.form, {name: tensors[key].double() for name, key in keys.items()})
@@ -150,8 +149,6 @@ def read_terms(adapters: Paths, weights: Sequence[float] | None = None) -> list[
         FormatError: a file that is no adapter, or sites that contradict themselves; lists them.
         UnsupportedError: a kind of adapter whose updates do not add up.
     """
-    if not isinstance(adapters, (str, os.PathLike)) and not list(adapters):
-        raise ConfigError("no adapter file was given: give at least one path")
     return [_terms(entry) for entry in read_inputs(adapters, weights)]
 
 
@@ -159,7 +156,7 @@ def _terms(entry: Input) -> list[Term]:
     file, found = entry.file, []
     stray = sorted(set(file.entries) - set(file.sites))
     if stray:
-        raise FormatError(f"{file.header.path}: tensors that belong to no site of the file:\n{listing(stray)}")
+        raise FormatError(f"{file.path}: tensors that belong to no site of the file:\n{listing(stray)}")
     problems: list[tuple[str, LoraInjectError]] = []
     for path, record in file.sites.items():
         try:
@@ -169,7 +166,7 @@ def _terms(entry: Input) -> list[Term]:
     if problems:
         kind = FormatError if isinstance(problems[0][1], ConfigError) else type(problems[0][1])
         lines = [f"{path}: {problem}" for path, problem in problems]
-        raise kind(f"{file.header.path}: {len(problems)} sites cannot be read:\n{listing(lines)}")
+        raise kind(f"{file.path}: {len(problems)} sites cannot be read:\n{listing(lines)}")
     return found
 
 
@@ -218,7 +215,7 @@ def _describe(term: Term) -> str:
     form, config = term.form, term.record.config
     shapes = ", ".join(f"{name} {tuple(form.layout[name])}" for name in form.layout if not name.endswith("_bias"))
     return (
-        f"{term.source.header.path.name} has {term.record.kind!r} for {form.weight}, {config.factorization}, "
+        f"{term.source.path.name} has {term.record.kind!r} for {form.weight}, {config.factorization}, "
         f"rank {config.rank}: {shapes}"
     )
 

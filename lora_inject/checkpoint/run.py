@@ -79,7 +79,7 @@ def merge_checkpoint(
     """
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise ConfigError(f"threads={threads!r}: must be a whole number of at least 1")
-    target, inputs = Path(out), read_inputs(adapters, weights)
+    target, inputs = Path(out), read_inputs(adapters, weights, base)
     if via_model:
         return merge_via_model(base, inputs, target, dry_run, overwrite, check_base, dtype)
     with _older_objects_set_aside():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -30,7 +31,8 @@ def read_adapter(path: str | os.PathLike[str], model: nn.Module | None, *, allow
         MismatchError: it does not fit the model.
     """
     known, content = recognise(FORMATS, path, allow_pickle=allow_pickle)
-    return known.read(content, model)
+    found = known.read(content, model)
+    return replace(found, program=known.name) if isinstance(found, Bundle) else found
 
 
 def write_adapter(bundle: Bundle, path: str | os.PathLike[str], format: str, model: nn.Module | None) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +12,11 @@ from torch import Tensor
 
 from ..adapter_file import SiteRecord
 from ..errors import FormatError, listing
+from ..safefile import stamp
 from ..sites import join
+
+STAMPED = 2**20
+"""How many bytes of a file go into its stamp, beside its size and time."""
 
 
 class Shaped(Protocol):
@@ -50,8 +54,19 @@ class Source(Protocol):
     def notes(self) -> tuple[str, ...]:
         """What the user should know of how the file was understood."""
 
+    @property
+    def program(self) -> str:
+        """What wrote it, and its version where that is known."""
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Returns tensors by `<path of the site>.<parameter>`."""
+
+    def stamp(self) -> bytes:
+        """Returns what tells one state of the file from another."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +76,11 @@ class Bundle:
     Attributes:
         path: where it came from, for messages.
         name: the adapter's name.
-        sites: the sites by path; `base` of a record is empty where the origin says nothing of the base.
+        sites: the sites by path; the hash of a record's base is None where the origin says nothing of it.
         entries: the tensors in the native layout, by path of the site, then by parameter.
         full: trained values that replace a parameter, by the parameter's path.
         notes: what the user should know of how the file was understood.
+        program: what wrote it.
     """
 
     path: Path
@@ -73,6 +89,20 @@ class Bundle:
     entries: Mapping[str, Mapping[str, Tensor]]
     full: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    program: str = "lora_inject"
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file, or of all files of the folder."""
+        return sum(file.stat().st_size for file in self._files)
+
+    def stamp(self) -> bytes:
+        """Returns what tells one state of the file, or of the folder's files, from another."""
+        return b"".join(stamp(file, STAMPED) for file in self._files)
+
+    @property
+    def _files(self) -> list[Path]:
+        return sorted(file for file in self.path.iterdir() if file.is_file()) if self.path.is_dir() else [self.path]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -83,6 +113,21 @@ class Bundle:
         """Returns the tensors of these keys."""
         tensors = self.tensors
         return {key: tensors[key] for key in keys}
+
+
+def described(record: SiteRecord, tensors: Mapping[str, Tensor]) -> SiteRecord:
+    """Returns the record with the shape of its weight and no hash, for an origin that says nothing of the base.
+
+    Rows of the weight are in B, columns and the kernel in A; a balanced convolution, which only the native format
+    knows, comes with its base.
+    """
+    if "lora_dense" in tensors:
+        shape = [*tensors["lora_dense"].shape]
+    elif "parameter" in record.extras:
+        shape = [*tensors["lora_B"].shape[:-1], tensors["lora_A"].shape[-1]]
+    else:
+        shape = [tensors["lora_B"].shape[0], *tensors["lora_A"].shape[1:]]
+    return replace(record, base={"shape": shape, "hash": None})
 
 
 def loaded(source: Source) -> Bundle:

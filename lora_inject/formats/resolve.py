@@ -18,7 +18,7 @@ from ..factored import FactoredAdapter
 from ..host import base_tensor
 from ..registry import adapter_for, adapter_for_parameter, by_kind
 from ..tree import Node, walk
-from .bundle import Bundle
+from .bundle import Bundle, described
 from .factors import Factors
 from .orient import inward
 from .prefixes import aligned
@@ -74,6 +74,7 @@ def resolve(parsed: Parsed, model: nn.Module | None) -> Bundle:
             raise FormatError(f"{parsed.path}: site {record.path!r} stands twice")
         sites[record.path], entries[record.path] = record, tensors
     full = {_renamed(path, place): tensor for path, tensor in parsed.full.items()}
+    sites = {path: described(record, entries[path]) for path, record in sites.items()}
     notes = (*parsed.notes, *([note] if note else []))
     return Bundle(parsed.path, parsed.name, sites, entries, full, notes)
 

@@ -14,7 +14,7 @@ from ..config import SiteConfig
 from ..errors import MismatchError, UnsupportedError, listing
 from ..host import base_tensor
 from ..tree import walk
-from .bundle import Bundle
+from .bundle import Bundle, described
 
 KIND = "full"
 
@@ -33,8 +33,9 @@ def as_updates(bundle: Bundle, model: nn.Module) -> Bundle:
     for path, value in bundle.full.items():
         update = difference(value, weights[path])
         config = SiteConfig(dtype=update.dtype)
-        sites[path] = SiteRecord(path, (), KIND, config, {"parameter": path.rpartition(".")[2]}, {})
+        record = SiteRecord(path, (), KIND, config, {"parameter": path.rpartition(".")[2]}, {})
         entries[path] = {"lora_dense": update}
+        sites[path] = described(record, entries[path])
         if not torch.equal(value.to(weights[path].dtype).to(value.dtype), value):
             notes.append(f"{path}: trained in {value.dtype}, used in the base's {weights[path].dtype}")
     return replace(bundle, sites=sites, entries=entries, full={}, notes=tuple(notes))

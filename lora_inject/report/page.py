@@ -100,7 +100,7 @@ def _header(inspection: Inspection) -> Markup:
                 "p",
                 "File: ",
                 tag("code", clean(inspection.file)),
-                f", {inspection.size:,} bytes, written by lora_inject {clean(inspection.version)}",
+                f", {inspection.size:,} bytes, written by {clean(inspection.program)}",
                 class_="soft",
             ),
             tag("p", "Base: ", tag("code", base) if inspection.base else base, class_="soft"),
