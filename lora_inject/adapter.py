@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import SiteConfig
+from .offload import adapter_hook
 
 Layout = dict[str, tuple[int, ...]]
 """Names and shapes of an adapter's parameters."""
@@ -65,6 +66,8 @@ class Adapter(nn.Module, abc.ABC):
     """Product of the open `scaled` contexts."""
     scalings = 0
     """How many open `scaled` contexts cover this adapter."""
+
+    _hf_hook = adapter_hook
 
     def __init__(
         self,

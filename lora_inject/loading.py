@@ -59,9 +59,8 @@ def load(
     placed, note = _place(file, nodes, strict)
     sites = _sites(file, placed, injection.name)
     if check_base:
-        _check_base(file, sites)
-    notes = (*file.notes, *([note] if note else []))
-    plan = Plan(injection, tuple(sites.values()), (), {str(path): len(sites)}, count_parameters(nodes), notes)
+        _check_base(file, sites, placed)
+    plan = Plan(injection, tuple(sites.values()), (), {str(path): len(sites)}, count_parameters(nodes))
     insert(model, plan, _filled(file, sites))
     return plan
 
@@ -149,13 +148,12 @@ def _compare(file: Source, record: SiteRecord, site: Site) -> list[str]:
     return lines
 
 
-def _check_base(file: Source, sites: Mapping[str, Site]) -> None:
+def _check_base(file: AdapterFile, sites: Mapping[str, Site], placed: Mapping[str, Node]) -> None:
     differ = [
         path
         for path, site in sites.items()
         if site.device.type != "meta"
-        and file.sites[path].base.get("hash") is not None
-        and fingerprint(site.module, site.adapter_class.touches(site.extras)) != file.sites[path].base
+        and fingerprint(placed[path], site.adapter_class.touches(site.extras)) != file.sites[path].base
     ]
     if differ:
         raise MismatchError(

@@ -85,7 +85,7 @@ def make_site(
     names = adapter_class.touches(extras)
     _check_free(module, slot(name, parameter))
     _check_class(module, adapter_class, names)
-    dtype, device = _check_tensors(module, names)
+    dtype, device = _check_tensors(node, names)
     if config.dtype is None:
         half = dtype.itemsize < 4
         config = derive(config, (("dtype", torch.float32 if half else dtype),))
@@ -148,8 +148,9 @@ def _check_class(module: nn.Module, adapter_class: type[Adapter], names: tuple[s
         )
 
 
-def _check_tensors(module: nn.Module, names: tuple[str, ...]) -> tuple[torch.dtype, torch.device]:
-    """Returns dtype and device of the adapted weight."""
+def _check_tensors(node: Node, names: tuple[str, ...]) -> tuple[torch.dtype, torch.device]:
+    """Returns dtype and device of the adapted weight; where the module runs, if it is offloaded."""
+    module = node.module
     tensor: Any = base_tensor(module, names[0]) if names else next(module.parameters(), None)
     if tensor is None and not names:
         return torch.get_default_dtype(), torch.get_default_device()
@@ -163,12 +164,5 @@ def _check_tensors(module: nn.Module, names: tuple[str, ...]) -> tuple[torch.dty
         )
     if not tensor.dtype.is_floating_point:
         raise UnsupportedError(f"its weight has dtype {tensor.dtype}: only floating-point weights can be adapted")
-    return tensor.dtype, _working_device(module, tensor)
-
-
-def _working_device(module: nn.Module, tensor: Any) -> torch.device:
-    """Returns where the weight is while the module runs: accelerate brings an offloaded one there from elsewhere."""
-    hook = module.__dict__.get("_hf_hook")
-    devices = [getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,))]
-    found = [device for device in devices if device is not None]
-    return torch.device(found[-1]) if tensor.is_meta and found else tensor.device
+    away = node.away.device if node.away is not None and tensor.is_meta else None
+    return tensor.dtype, away or tensor.device

@@ -13,7 +13,7 @@ from .fingerprint import fingerprint
 from .formats import Bundle, write_adapter
 from .refs import AdapterRef, adapters, pick
 from .sites import join
-from .tree import walk
+from .tree import Node, walk
 
 
 def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -65,11 +65,9 @@ def bundle_of(model: nn.Module, name: str = "default") -> Bundle:
     empty = next((key for key, tensor in state.items() if tensor.is_meta), None)
     if empty is not None:
         raise StateError(f"{empty} is on the meta device and holds no numbers: materialise the model first")
-    aliases = {id(node.module): node.paths[1:] for node in walk(model)}
-    refs = _refs(model, name)
-    sites = {ref.path: _record(ref, aliases[id(ref.module)]) for ref in refs}
-    entries = {ref.path: {key: p.detach() for key, p in ref.adapter.named_parameters()} for ref in refs}
-    return Bundle(Path("the model"), name, sites, entries)
+    nodes = {id(node.module): node for node in walk(model)}
+    records = [_record(ref, nodes[id(ref.module)]) for ref in _refs(model, name)]
+    return write_tensors(path, state, metadata(name, records))
 
 
 def _refs(model: nn.Module, name: str) -> list[AdapterRef]:
@@ -77,13 +75,13 @@ def _refs(model: nn.Module, name: str) -> list[AdapterRef]:
     return [ref for ref in adapters(model) if ref.name == name]
 
 
-def _record(ref: AdapterRef, aliases: list[str]) -> SiteRecord:
+def _record(ref: AdapterRef, node: Node) -> SiteRecord:
     adapter = ref.adapter
     return SiteRecord(
         path=ref.path,
-        aliases=tuple(join(alias, adapter.parameter) for alias in aliases),
+        aliases=tuple(join(alias, adapter.parameter) for alias in node.paths[1:]),
         kind=adapter.kind,
         config=adapter.config,
         extras=adapter.describe(),
-        base=fingerprint(ref.module, adapter.updates),
+        base=fingerprint(node, adapter.updates),
     )

@@ -14,6 +14,7 @@ from .commit import Undo, all_or_nothing
 from .errors import StateError, UnsupportedError
 from .host import attach, class_for, detach, is_outermost, restorer
 from .merging import MergeOptions, bake_host, merge_host, shared_parameters, unmerge_host
+from .offload import guard, release
 from .plan import Plan, plan
 from .refs import AdapterRef, adapters, by_host, pick
 from .sites import Site
@@ -85,8 +86,16 @@ def insert(model: nn.Module, planned: Plan, built: list[Adapter]) -> None:
         for site, adapter in zip(planned, built, strict=True):
             undo(restorer(site.module))
             attach(site.module, planned.name, adapter)
+        for hook in _offloading(model):
+            undo(partial(release, hook))
+            guard(hook)
         if planned.injection.freeze:
             _freeze(walk(model), undo)
+
+
+def _offloading(model: nn.Module) -> list[Any]:
+    hooks = (node.away.hook for node in walk(model) if node.away is not None)
+    return list({id(hook): hook for hook in hooks}.values())
 
 
 def _freeze(nodes: list[Node], undo: Undo) -> None:
@@ -141,6 +150,9 @@ def uninject(model: nn.Module, name: str | None = None, *, keep_merged: bool = F
         for ref in refs:
             detach(ref.module, ref.name, ref.adapter.parameter)
         if next(adapters(model), None) is None:
+            for hook in _offloading(model):
+                undo(partial(guard, hook))
+                release(hook)
             _thaw_all(model, undo)
 
 

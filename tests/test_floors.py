@@ -14,8 +14,8 @@ import lora_inject
 PACKAGE = Path(lora_inject.__file__).parent
 ROOT = PACKAGE.parent
 FLOORS = [
-    {"version", "errors", "tree", "tables", "commit", "recipe_yaml", "fused", "report.spectra"},
-    {"config", "safefile", "keeping", "verdicts", "inspected", "models", "model_inputs"},
+    {"version", "errors", "tree", "tables", "commit", "recipe_yaml", "fused"},
+    {"config", "safefile", "keeping", "verdicts", "inspected", "models", "model_inputs", "offload"},
     {"targets", "adapter", "adapter_file"},
     {"registry", "host", "recipe", "blocks"},
     {"factored", "residual", "sites", "fingerprint", "recipe_schema"},
