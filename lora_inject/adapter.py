@@ -62,6 +62,8 @@ class Adapter(nn.Module, abc.ABC):
     """How many open `disabled` contexts cover this adapter."""
     merged = False
     """Whether the host's parameters hold the update now."""
+    shared = False
+    """Whether its parameters are those of another adapter too, since both update one tied weight."""
     factor = 1.0
     """Product of the open `scaled` contexts."""
     scalings = 0

@@ -86,6 +86,35 @@ class Replaced(Kept):
             self.parameter.data = fn(self.parameter.data)
 
 
+class Through(Kept):
+    """The parameter is another host's too, which has merged the same update into it and goes back for both."""
+
+    def __init__(self, leader: Any, key: str) -> None:
+        self.leader, self.key = leader, key
+
+    def original(self, host: Any, key: str) -> Any:
+        return self._way.original(self.leader, self.key)
+
+    def restore(self, host: Any, key: str, undo: Undo) -> None:
+        return
+
+    @property
+    def size(self) -> int:
+        return 0
+
+    def secured(self, host: Any, key: str) -> Kept:
+        self.leader.adapters.kept[self.key] = self._way.secured(self.leader, self.key)
+        return self
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        return
+
+    @property
+    def _way(self) -> Kept:
+        found: Kept = self.leader.adapters.kept[self.key]
+        return found
+
+
 class Copy(Kept):
     """A copy of the original."""
 

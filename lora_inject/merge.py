@@ -14,9 +14,10 @@ from .commit import all_or_nothing
 from .config import check_option
 from .errors import StateError
 from .host import Host
-from .merging import ENOUGH, Merged, MergeOptions, merge_host, shared_parameters, unmerge_host
+from .merging import ENOUGH, Merged, MergeOptions, merge_host, unmerge_host
 from .refs import AdapterRef, adapters, by_host, pick
 from .tables import percent, table
+from .ties import Ties, find_ties
 from .tree import walk
 
 
@@ -125,17 +126,37 @@ def merge(
             raise StateError("nothing to merge: every adapter is merged already or switched off")
     for ref in refs:
         _check_mergeable(ref)
-    options = MergeOptions(keep=keep, dtype=dtype, accumulate=accumulate, shared=shared_parameters(model))
+    ties = find_ties(model)
+    work = _work(model, refs, ties)
+    holding = {id(host): names for host, _, names in work}
+    options = MergeOptions(keep=keep, dtype=dtype, accumulate=accumulate, ties=ties, holding=holding)
     rows: list[Merged] = []
     with all_or_nothing() as undo:
-        for group in by_host(refs):
-            host: Any = group[0].module
-            held = dict.fromkeys((*host.adapters.merged_names(), *(ref.name for ref in group)))
-            rows += merge_host(host, group[0].host_path, tuple(held), options, undo)
+        for host, _, _ in work:
+            # All before the first is written: a tied weight that is merged for two must be whole when one leaves.
+            unmerge_host(host, undo)
+        for host, path, holds in work:
+            rows += merge_host(host, path, holds, options, undo)
     report = MergeReport(tuple(rows))
     if report.lossy:
         warnings.warn(report.advice, RoundingWarning, stacklevel=2)
     return report
+
+
+Work = tuple[Any, str, tuple[str, ...]]
+"""A host, its path, and the adapters that it holds merged when all is done."""
+
+
+def _work(model: nn.Module, refs: list[AdapterRef], ties: Ties) -> list[Work]:
+    """Returns the hosts to merge, and those that are merged now and hold a weight of one of them."""
+    found: list[Work] = []
+    circle = ties.circle(ref.module for ref in refs)
+    for group in by_host(adapters(model)):
+        host: Any = group[0].module
+        names = tuple(dict.fromkeys((*host.adapters.merged_names(), *(ref.name for ref in refs if ref.module is host))))
+        if id(host) in circle and names:
+            found.append((host, group[0].host_path, names))
+    return found
 
 
 def _check_mergeable(ref: AdapterRef) -> None:

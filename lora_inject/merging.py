@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,10 +15,10 @@ from .adapter import Rows, wide
 from .blocks import add_rows, row_blocks, total_rows
 from .commit import Undo
 from .errors import StateError, UnsupportedError
-from .host import Adapters, Host, base_tensor
-from .keeping import Copy, Kept, Nothing, Replaced, overwrite
+from .host import Adapters, base_tensor
+from .keeping import Copy, Kept, Nothing, Replaced, Through, overwrite
 from .residual import InPlace, Residual
-from .tree import held, tied, walk
+from .ties import Ties
 
 ENOUGH = 0.9
 """Share of an update that must survive rounding for a merge to go without a warning."""
@@ -31,8 +31,10 @@ class MergeOptions:
     keep: str = "residual"
     dtype: torch.dtype | None = None
     accumulate: torch.dtype = torch.float32
-    shared: frozenset[tuple[int, str]] = frozenset()
-    """From `shared_parameters`; these get memory of their own."""
+    ties: Ties = field(default_factory=Ties)
+    """Shared parameters get memory of their own, unless all that hold one merge the same update into it."""
+    holding: Mapping[int, Sequence[str]] = field(default_factory=dict)
+    """By id of a host, the adapters that it holds merged when all is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,7 @@ class _Job:
     sources: list[Any]
     axes: int
     options: MergeOptions
+    unties: bool
     tally: _Tally = field(default_factory=_Tally)
 
     def value(self, before: Tensor | None, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -112,19 +115,6 @@ class _Job:
             )
         self.tally.add(before, total, value)
         return value, total
-
-
-def shared_parameters(model: nn.Module) -> frozenset[tuple[int, str]]:
-    """Returns the parameters that are shared with other modules, as they are without any merge."""
-    nodes = walk(model)
-    originals = [
-        (node.module, key, way.parameter)
-        for node in nodes
-        if isinstance(node.module, Host)
-        for key, way in node.module.adapters.kept.items()
-        if isinstance(way, Replaced) and way.parameter is not None
-    ]
-    return tied((*held(nodes), *originals))
 
 
 @torch.no_grad()
@@ -152,7 +142,11 @@ def merge_host(host: Any, path: str, names: Sequence[str], options: MergeOptions
     ]
     rows = []
     for key in dict.fromkeys(key for source in sources for key in source.delta_names(host)):
-        job = _job(host, key, f"{path}.{key}" if path else key, sources, options)
+        leader = options.ties.leader(host, key, options.holding)
+        if leader is not None and leader[0] is not host:
+            _follow(host, key, leader, undo)
+            continue
+        job = _job(host, key, f"{path}.{key}" if path else key, sources, options, leader is None)
         kept = _merge_parameter(job, undo)
         rows.append(_row(job, names, kept))
     for adapter in members:
@@ -165,7 +159,7 @@ def _widen(adapter: Any, options: MergeOptions) -> bool:
     return options.accumulate == torch.float64 and next(adapter.parameters()).dtype != torch.float64
 
 
-def _job(host: Any, key: str, where: str, sources: list[Any], options: MergeOptions) -> _Job:
+def _job(host: Any, key: str, where: str, sources: list[Any], options: MergeOptions, alone: bool) -> _Job:
     if key not in host._parameters:
         raise UnsupportedError(
             f"{where} is computed from other parameters (weight_norm, parametrize), so nothing can be merged into it: "
@@ -179,13 +173,25 @@ def _job(host: Any, key: str, where: str, sources: list[Any], options: MergeOpti
         )
     using = [source for source in sources if key in source.delta_names(host)]
     axes = using[0].row_axes if key == using[0].updates[0] else 1
-    return _Job(host, key, where, [source.delta_rows(host, key) for source in using], using, axes, options)
+    unties = alone and (id(host), key) in options.ties.shared
+    return _Job(host, key, where, [source.delta_rows(host, key) for source in using], using, axes, options, unties)
+
+
+def _follow(host: Any, key: str, leader: tuple[Any, str], undo: Undo) -> None:
+    """Takes over a tied parameter into which its first holder has merged the same update."""
+    first, name = leader
+    inner, current = host.adapters, host._parameters[key]
+    undo(partial(inner.kept.pop, key, None))
+    undo(partial(host._parameters.__setitem__, key, current))
+    moved = first._parameters[name] is not current
+    inner.kept[key] = Replaced(current) if moved else Through(first, name)
+    host._parameters[key] = first._parameters[name]
 
 
 def _merge_parameter(job: _Job, undo: Undo) -> Kept:
     """Merges one parameter the way that its state and the options ask for."""
     current, options = job.host._parameters[job.key], job.options
-    if current is None or (id(job.host), job.key) in options.shared:
+    if current is None or job.unties:
         return _replace(job, current, base_tensor(job.host, job.host.lora_names[0]).dtype, undo)
     flat = current.detach().flatten(0, job.axes - 1)
     in_place = flat.data_ptr() == current.data_ptr()
@@ -261,7 +267,7 @@ def _row(job: _Job, names: Sequence[str], kept: Kept) -> Merged:
         relative=(tally.energy / tally.norm) ** 0.5 if tally.norm else None,
         survives=tally.survives,
         error=tally.error,
-        untied=before is not None and (id(job.host), job.key) in job.options.shared,
+        untied=before is not None and job.unties,
         created=before is None,
         widened=widened,
         kept=kept.size,
