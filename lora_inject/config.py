@@ -61,6 +61,7 @@ _CHECKS: dict[str, tuple[Any, str]] = {
     "dense": (_flag, "True or False"),
     "freeze": (_flag, "True or False"),
     "share_tied": (_flag, "True or False"),
+    "requantize": (_flag, "True or False"),
     "init": (lambda v: v in INITS, f"one of {', '.join(INITS)}"),
     "factorization": (lambda v: v in FACTORIZATIONS, f"one of {', '.join(FACTORIZATIONS)}"),
     "dtype": (lambda v: v is None or v in DTYPES.values(), f"None or one of {', '.join(DTYPES)}"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import StateError
 from .host import Host, base_tensor
+from .quantized import stored_weight
 from .tree import Node, walk
 
 SAMPLE = 64
@@ -41,6 +42,9 @@ def _original(node: Node, name: str) -> Tensor:
     module: Any = node.module
     kept = module.adapters.kept.get(name) if isinstance(module, Host) else None
     found: Tensor = base_tensor(module, name) if kept is None else kept.original(module, name)
+    stored = stored_weight(module) if kept is None and name == "weight" and not found.is_meta else None
+    if stored is not None:
+        return stored.dequantized()
     if not found.is_meta:
         return found
     if node.away is None:

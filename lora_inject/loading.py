@@ -132,11 +132,12 @@ def _sites(file: AdapterFile, placed: Placed, name: str) -> dict[str, list[Site]
 
 
 def _class_for(record: SiteRecord, module: nn.Module) -> type[Adapter] | None:
-    """Returns the class of the record's kind if it serves the module, else what serves it as a further user."""
+    """Returns the class of the record's kind, or what stands for it here, or serves the module as a further user."""
     adapter_class, parameter = by_kind(record.kind), record.extras.get("parameter")
     if _serves(adapter_class, module, parameter):
         return adapter_class
-    return adapter_for(module) if record.aliases and parameter is None else None
+    found = adapter_for(module) if parameter is None else None
+    return found if found is not None and (record.aliases or found.stored_as == record.kind) else None
 
 
 def _serves(adapter_class: type[Adapter], module: nn.Module, parameter: str | None) -> bool:

@@ -47,10 +47,11 @@ class MergeReport:
         if not self.lossy:
             return ""
         worst = min(self.lossy, key=lambda row: row.survives)
+        wider = "" if worst.requantized else "merge with dtype=torch.float32 to store them wider, "
         return (
             f"{len(self.lossy)} of {len(self)} merged parameters keep less than {percent(ENOUGH)} of their update "
-            f"after rounding, {worst.path} only {percent(max(0.0, worst.survives))}: merge with dtype=torch.float32 to "
-            "store them wider, merge into a float32 copy of the base, or keep the adapter unmerged"
+            f"after rounding, {worst.path} only {percent(max(0.0, worst.survives))}: {wider}merge into a float32 copy "
+            "of the base, or keep the adapter unmerged"
         )
 
     @property
@@ -79,7 +80,7 @@ class MergeReport:
 
 def _cells(row: Merged) -> tuple[object, ...]:
     relative = "-" if row.relative is None else row.relative
-    flags = {"untied": row.untied, "created": row.created, "widened": row.widened}
+    flags = {"untied": row.untied, "created": row.created, "widened": row.widened, "requantized": row.requantized}
     note = ", ".join(flag for flag, is_set in flags.items() if is_set)
     return (row.path, "+".join(row.adapters), relative, percent(max(0.0, row.survives)), row.error, note)
 
@@ -90,6 +91,7 @@ def merge(
     keep: str = "residual",
     dtype: torch.dtype | None = None,
     accumulate: torch.dtype = torch.float32,
+    requantize: bool = False,
 ) -> MergeReport:
     """Writes W + delta into the weights of every host, for inference without extra cost; `unmerge` takes it back.
 
@@ -103,6 +105,8 @@ def merge(
             checksum), "copy" (the whole weight), or "nothing" (there is no way back).
         dtype: store the weights that lose more than a tenth of their update to rounding in this wider dtype.
         accumulate: form updates in float32, or in float64.
+        requantize: merge into quantized weights too: W is dequantized, and the sum rounded to the stored format, whose
+            error the report tells. Without it they are refused.
 
     Returns:
         A row per parameter: size of the update, how much of it the stored dtype keeps, what was untied.
@@ -114,9 +118,9 @@ def merge(
         ConfigError: an option's value cannot be used.
         StateError: merged already, switched off, disabled or scaled by an open context, unknown, of a whole block
             (which has no weight), or a sum that is not finite in the weight's dtype. Nothing is changed then.
-        UnsupportedError: a parameter that is computed, so that nothing can be written into it.
+        UnsupportedError: a parameter that is computed, so that nothing can be written into it, or is quantized.
     """
-    for option, value in (("keep", keep), ("dtype", dtype), ("accumulate", accumulate)):
+    for option, value in (("keep", keep), ("dtype", dtype), ("accumulate", accumulate), ("requantize", requantize)):
         check_option(option, value)
     wanted = pick(model, names)
     refs = [ref for ref in adapters(model) if ref.name in wanted]
@@ -129,7 +133,9 @@ def merge(
     ties = find_ties(model)
     work = _work(model, refs, ties)
     holding = {id(host): names for host, _, names in work}
-    options = MergeOptions(keep=keep, dtype=dtype, accumulate=accumulate, ties=ties, holding=holding)
+    options = MergeOptions(
+        keep=keep, dtype=dtype, accumulate=accumulate, requantize=requantize, ties=ties, holding=holding
+    )
     rows: list[Merged] = []
     with all_or_nothing() as undo:
         for host, _, _ in work:

@@ -16,7 +16,8 @@ from .blocks import add_rows, row_blocks, total_rows
 from .commit import Undo
 from .errors import StateError, UnsupportedError
 from .host import Adapters, base_tensor
-from .keeping import Copy, Kept, Nothing, Replaced, Through, overwrite
+from .keeping import Copy, Kept, Nothing, Replaced, Requantized, Through, overwrite
+from .quantized import Stored, stored_weight
 from .residual import InPlace, Residual
 from .ties import Ties
 
@@ -33,6 +34,7 @@ class MergeOptions:
     accumulate: torch.dtype = torch.float32
     ties: Ties = field(default_factory=Ties)
     """Shared parameters get memory of their own, unless all that hold one merge the same update into it."""
+    requantize: bool = False
     holding: Mapping[int, Sequence[str]] = field(default_factory=dict)
     """By id of a host, the adapters that it holds merged when all is done."""
 
@@ -51,6 +53,8 @@ class Merged:
         untied: whether the parameter was shared and got memory of its own.
         created: whether the host had no such parameter before.
         widened: whether it is stored in a wider dtype than before.
+        requantized: whether it was dequantized, and the sum stored in the quantized format; `error` and `survives`
+            then tell what that took.
         kept: bytes held for `unmerge`.
     """
 
@@ -62,6 +66,7 @@ class Merged:
     untied: bool
     created: bool
     widened: bool
+    requantized: bool
     kept: int
 
 
@@ -99,6 +104,7 @@ class _Job:
     axes: int
     options: MergeOptions
     unties: bool
+    stored: Stored | None
     tally: _Tally = field(default_factory=_Tally)
 
     def value(self, before: Tensor | None, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -106,15 +112,19 @@ class _Job:
         total = total_rows(self.updates, rows)
         value = torch.empty(total.shape, dtype=dtype, device=total.device)
         add_rows(before, total, value)
+        self.check(before, value)
+        self.tally.add(before, total, value)
+        return value, total
+
+    def check(self, before: Tensor | None, value: Tensor) -> None:
+        """Refuses a sum that is not finite where the original is."""
         bad = ~torch.isfinite(value) if before is None else ~torch.isfinite(value) & torch.isfinite(before)
         if bad.any():
             raise StateError(
-                f"{self.where}: {int(bad.sum())} merged elements or more are not finite in {dtype}: the adapter holds "
-                "NaN or infinity, or the sum overflows; nothing was merged. Check the adapter's parameters, or cast "
-                "the base to a wider dtype"
+                f"{self.where}: {int(bad.sum())} merged elements or more are not finite in {value.dtype}: the adapter "
+                "holds NaN or infinity, or the sum overflows; nothing was merged. Check the adapter's parameters, or "
+                "cast the base to a wider dtype"
             )
-        self.tally.add(before, total, value)
-        return value, total
 
 
 @torch.no_grad()
@@ -173,8 +183,17 @@ def _job(host: Any, key: str, where: str, sources: list[Any], options: MergeOpti
         )
     using = [source for source in sources if key in source.delta_names(host)]
     axes = using[0].row_axes if key == using[0].updates[0] else 1
+    stored = stored_weight(host) if key == "weight" else None
+    if stored is not None and not options.requantize:
+        raise UnsupportedError(
+            f"{where} is quantized ({stored.format}), and the sum would have to be rounded to that format anew, which "
+            "can take much of the update: merge with requantize=True and look at the error in the report, merge into "
+            "the base that was quantized, or keep the adapter unmerged"
+        )
     unties = alone and (id(host), key) in options.ties.shared
-    return _Job(host, key, where, [source.delta_rows(host, key) for source in using], using, axes, options, unties)
+    return _Job(
+        host, key, where, [source.delta_rows(host, key) for source in using], using, axes, options, unties, stored
+    )
 
 
 def _follow(host: Any, key: str, leader: tuple[Any, str], undo: Undo) -> None:
@@ -191,8 +210,12 @@ def _follow(host: Any, key: str, leader: tuple[Any, str], undo: Undo) -> None:
 def _merge_parameter(job: _Job, undo: Undo) -> Kept:
     """Merges one parameter the way that its state and the options ask for."""
     current, options = job.host._parameters[job.key], job.options
+    if job.stored is not None:
+        return _requantize(job, job.stored, undo)
     if current is None or job.unties:
-        return _replace(job, current, base_tensor(job.host, job.host.lora_names[0]).dtype, undo)
+        weight = base_tensor(job.host, job.host.lora_names[0])
+        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        return _replace(job, current, dtype, undo)
     flat = current.detach().flatten(0, job.axes - 1)
     in_place = flat.data_ptr() == current.data_ptr()
     if options.keep == "copy" or current.dim() < 2 or not in_place:
@@ -223,6 +246,27 @@ def _replace(job: _Job, current: nn.Parameter | None, dtype: torch.dtype, undo: 
     undo(kept_before)
     job.host._parameters[job.key] = nn.Parameter(value, requires_grad=trains)
     return kept
+
+
+def _requantize(job: _Job, stored: Stored, undo: Undo) -> Kept:
+    """Gives the host another weight in the stored format; the report tells what the rounding to it took."""
+    before, total = stored.dequantized(), total_rows(job.updates, slice(None))
+    value = before + total
+    job.check(before, value)
+    kept = Requantized(stored)
+    _keep(job, kept, undo)
+    # The way back first: what makes the new weight may set what lies beside it.
+    undo(partial(kept.restore, job.host, job.key, lambda step: None))
+    try:
+        job.host._parameters[job.key] = stored.requantized(value)
+    except UnsupportedError as problem:
+        raise UnsupportedError(f"{job.where}: {problem}: keep the adapter unmerged") from None
+    made = stored_weight(job.host)
+    assert made is not None
+    job.tally.add(before, total, made.dequantized())
+    found: Kept = Nothing() if job.options.keep == "nothing" else kept
+    job.host.adapters.kept[job.key] = found
+    return found
 
 
 def _copy(job: _Job, current: nn.Parameter, undo: Undo) -> Kept:
@@ -270,6 +314,7 @@ def _row(job: _Job, names: Sequence[str], kept: Kept) -> Merged:
         untied=before is not None and job.unties,
         created=before is None,
         widened=widened,
+        requantized=job.stored is not None,
         kept=kept.size,
     )
 

@@ -87,7 +87,7 @@ def make_site(
     names = adapter_class.touches(extras)
     _check_free(module, slot(name, parameter))
     _check_class(module, adapter_class, names)
-    dtype, device = _check_tensors(node, names)
+    dtype, device = _check_tensors(node, adapter_class, names)
     if config.dtype is None:
         half = dtype.itemsize < 4
         config = derive(config, (("dtype", torch.float32 if half else dtype),))
@@ -131,10 +131,10 @@ def _check_class(module: nn.Module, adapter_class: type[Adapter], names: tuple[s
     if isinstance(module, torch.jit.ScriptModule):
         raise UnsupportedError("a TorchScript module cannot be changed: inject before torch.jit.script or trace")
     family = family_for(adapter_class, module)
-    if family is None and not names:
+    if family is None and not (names and adapter_class.readable):
         raise UnsupportedError(
-            "its forward was replaced on the instance (by accelerate's hooks, say), past which an adapter of the whole "
-            "block cannot act: remove the hook, inject, and add the hook again"
+            "its forward was replaced on the instance (by accelerate's hooks, say), past which an adapter of a whole "
+            "block or of a quantized weight cannot act: remove the hook, inject, and add the hook again"
         )
     if not isinstance(module, Host):
         return
@@ -150,7 +150,9 @@ def _check_class(module: nn.Module, adapter_class: type[Adapter], names: tuple[s
         )
 
 
-def _check_tensors(node: Node, names: tuple[str, ...]) -> tuple[torch.dtype, torch.device]:
+def _check_tensors(
+    node: Node, adapter_class: type[Adapter], names: tuple[str, ...]
+) -> tuple[torch.dtype, torch.device]:
     """Returns dtype and device of the adapted weight; where the module runs, if it is offloaded."""
     module = node.module
     tensor: Any = base_tensor(module, names[0]) if names else next(module.parameters(), None)
@@ -164,10 +166,11 @@ def _check_tensors(node: Node, names: tuple[str, ...]) -> tuple[torch.dtype, tor
         raise UnsupportedError(
             "its weight is a DTensor (sharded already): inject first, then call fully_shard or parallelize_module"
         )
-    if not tensor.dtype.is_floating_point:
-        raise UnsupportedError(f"its weight has dtype {tensor.dtype}: only floating-point weights can be adapted")
+    dtype = adapter_class.weight_dtype(tensor)
+    if not dtype.is_floating_point:
+        raise UnsupportedError(f"its weight has dtype {dtype}: only floating-point weights can be adapted")
     away = node.away.device if node.away is not None and tensor.is_meta else None
-    return tensor.dtype, away or tensor.device
+    return dtype, away or tensor.device
 
 
 def share_sites(sites: Sequence[Site]) -> list[Site]:

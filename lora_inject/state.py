@@ -84,7 +84,7 @@ def _record(refs: list[AdapterRef], nodes: list[Node]) -> SiteRecord:
     return SiteRecord(
         path=paths[0],
         aliases=tuple(paths[1:]),
-        kind=adapter.kind,
+        kind=adapter.stored_as or adapter.kind,
         config=adapter.config,
         extras=adapter.describe(),
         base=fingerprint(nodes[0], adapter.updates),

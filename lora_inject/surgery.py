@@ -214,7 +214,7 @@ def _settle(hosts: list[_Leaving], keep: bool, ties: Ties, undo: Undo) -> None:
 
 
 def _merge_all(hosts: list[_Leaving], ties: Ties, undo: Undo) -> None:
-    options = MergeOptions(ties=ties, holding={id(one.host): one.staying for one in hosts})
+    options = MergeOptions(ties=ties, requantize=True, holding={id(one.host): one.staying for one in hosts})
     for one in hosts:
         merge_host(one.host, one.path, one.staying, options, undo)
 

@@ -55,7 +55,9 @@ def _disabled(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
             path: [name for name in before[path] if isinstance(host, Host) and host.adapters.of([name])]
             for path, host in merged.items()
         }
-        options = MergeOptions(ties=ties, holding={id(host): held[path] for path, host in merged.items()})
+        options = MergeOptions(
+            ties=ties, requantize=True, holding={id(host): held[path] for path, host in merged.items()}
+        )
         with all_or_nothing() as undo:
             for path, host in merged.items():
                 if held[path]:

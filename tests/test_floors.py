@@ -15,6 +15,7 @@ PACKAGE = Path(lora_inject.__file__).parent
 ROOT = PACKAGE.parent
 FLOORS = [
     {"version", "errors", "tree", "tables", "commit", "recipe_yaml", "fused"},
+    {"quantized"},
     {"config", "safefile", "keeping", "verdicts", "inspected", "models", "model_inputs", "offload"},
     {"targets", "adapter", "adapter_file"},
     {"registry", "host", "recipe", "blocks"},
@@ -34,7 +35,19 @@ FLOORS = [
 each other as long as there is no cycle, "" is the package itself."""
 LATE = {"recipe": {"recipe_file"}}
 """Imports inside functions, of what only few users need, that go up; each is a decision."""
-HEAVY = ("transformers", "pydantic", "typer", "rich", "numpy.testing", "matplotlib", "peft", "accelerate", "click")
+HEAVY = (
+    "transformers",
+    "pydantic",
+    "typer",
+    "rich",
+    "numpy.testing",
+    "matplotlib",
+    "peft",
+    "accelerate",
+    "click",
+    "torchao",
+    "bitsandbytes",
+)
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
 FILES = {name.removesuffix(".__init__") if name != "__init__" else "": path for name, path in FILES.items()}
 
