@@ -98,7 +98,8 @@ class Host:
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        merged = [name for name in self.adapters.kept if prefix + name in state_dict]
+        waiting = [name for key, way in self.adapters.kept.items() for name in way.entries(key)]
+        merged = [name for name in waiting if prefix + name in state_dict]
         if merged:
             raise StateError(
                 f"{prefix}{merged[0]}: cannot load base weights while adapters are merged into them: "

@@ -51,6 +51,10 @@ class Kept(abc.ABC):
     def restore(self, host: Any, key: str, undo: Undo) -> None:
         """Gives the parameter its original bits; `undo` takes the way back to the merged ones."""
 
+    def entries(self, key: str) -> list[str]:
+        """Returns the keys in the module's state dict that must not be loaded while the original waits here."""
+        return [key]
+
     @property
     @abc.abstractmethod
     def size(self) -> int:

@@ -118,7 +118,7 @@ def merge(
         ConfigError: an option's value cannot be used.
         StateError: merged already, switched off, disabled or scaled by an open context, unknown, of a whole block
             (which has no weight), or a sum that is not finite in the weight's dtype. Nothing is changed then.
-        UnsupportedError: a parameter that is computed, so that nothing can be written into it, or is quantized.
+        UnsupportedError: a parameter that is computed and cannot come out as the sum, or is quantized or offloaded.
     """
     for option, value in (("keep", keep), ("dtype", dtype), ("accumulate", accumulate), ("requantize", requantize)):
         check_option(option, value)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .adapter import Rows, wide
 from .blocks import add_rows, row_blocks, total_rows
 from .commit import Undo
+from .computed import Computed, Rewritten, computed_weight
 from .errors import StateError, UnsupportedError
 from .host import Adapters, base_tensor
 from .keeping import Copy, Kept, Nothing, Replaced, Requantized, Through, overwrite
@@ -21,6 +22,9 @@ from .quantized import Stored, stored_weight
 from .residual import InPlace, Residual
 from .ties import Ties
 
+_UNMERGED = "remove the parametrization first, or keep the adapter unmerged"
+ROOM = 8
+"""How many roundings of its largest element a weight that is computed from others may be away from the sum."""
 ENOUGH = 0.9
 """Share of an update that must survive rounding for a merge to go without a warning."""
 
@@ -105,6 +109,7 @@ class _Job:
     options: MergeOptions
     unties: bool
     stored: Stored | None
+    computed: Computed | None
     tally: _Tally = field(default_factory=_Tally)
 
     def value(self, before: Tensor | None, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -170,12 +175,13 @@ def _widen(adapter: Any, options: MergeOptions) -> bool:
 
 
 def _job(host: Any, key: str, where: str, sources: list[Any], options: MergeOptions, alone: bool) -> _Job:
-    if key not in host._parameters:
+    computed = None if key in host._parameters else computed_weight(host, key)
+    if key not in host._parameters and computed is None:
         raise UnsupportedError(
-            f"{where} is computed from other parameters (weight_norm, parametrize), so nothing can be merged into it: "
-            "remove the parametrization first, or keep the adapter unmerged"
+            f"{where} is computed in a way that is unknown here, so nothing can be merged into it: keep the adapter "
+            "unmerged"
         )
-    current = host._parameters[key]
+    current = host._parameters.get(key)
     if current is not None and current.is_meta:
         raise UnsupportedError(
             f"{where} is on the meta device (offloaded, or not loaded yet), so there are no numbers to merge into: "
@@ -191,9 +197,8 @@ def _job(host: Any, key: str, where: str, sources: list[Any], options: MergeOpti
             "the base that was quantized, or keep the adapter unmerged"
         )
     unties = alone and (id(host), key) in options.ties.shared
-    return _Job(
-        host, key, where, [source.delta_rows(host, key) for source in using], using, axes, options, unties, stored
-    )
+    updates = [source.delta_rows(host, key) for source in using]
+    return _Job(host, key, where, updates, using, axes, options, unties, stored, computed)
 
 
 def _follow(host: Any, key: str, leader: tuple[Any, str], undo: Undo) -> None:
@@ -209,6 +214,8 @@ def _follow(host: Any, key: str, leader: tuple[Any, str], undo: Undo) -> None:
 
 def _merge_parameter(job: _Job, undo: Undo) -> Kept:
     """Merges one parameter the way that its state and the options ask for."""
+    if job.computed is not None:
+        return _rewrite(job, job.computed, undo)
     current, options = job.host._parameters[job.key], job.options
     if job.stored is not None:
         return _requantize(job, job.stored, undo)
@@ -269,6 +276,36 @@ def _requantize(job: _Job, stored: Stored, undo: Undo) -> Kept:
     return found
 
 
+def _rewrite(job: _Job, weight: Computed, undo: Undo) -> Kept:
+    """Sets the parameters that the weight is computed from so that W + delta comes out; refuses if it does not."""
+    if any(owner in job.options.ties.shared for owner in weight.owners()):
+        raise UnsupportedError(
+            f"{job.where} is computed from parameters that other modules hold too, which would change with it: "
+            f"{_UNMERGED}"
+        )
+    kept = Rewritten(weight)
+    # The way back first: a parametrization may write to its buffers when it is asked.
+    undo(partial(kept.restore, job.host, job.key, lambda step: None))
+    before = kept.value
+    total = total_rows(job.updates, slice(None)).reshape(before.shape)
+    wanted = wide(before) + total
+    job.check(before, wanted.to(before.dtype))
+    try:
+        weight.write(weight.invert(wanted.to(before.dtype)))
+    except UnsupportedError as problem:
+        raise UnsupportedError(f"{job.where} is computed from other parameters, and {problem}: {_UNMERGED}") from None
+    job.tally.add(before, total, weight.read())
+    room = ROOM * torch.finfo(before.dtype).eps * float(wanted.abs().max())
+    if not job.tally.error <= room:
+        raise UnsupportedError(
+            f"{job.where} is computed from other parameters, which cannot make it W + delta: the nearest that they can "
+            f"be set to is {job.tally.error:.3g} away: {_UNMERGED}"
+        )
+    way: Kept = Nothing() if job.options.keep == "nothing" else kept
+    _keep(job, way, undo)
+    return way
+
+
 def _copy(job: _Job, current: nn.Parameter, undo: Undo) -> Kept:
     """Writes the sum in place and keeps a copy of the original."""
     kept = Copy(current.detach().clone())
@@ -303,8 +340,9 @@ def _keep(job: _Job, kept: Kept, undo: Undo) -> None:
 
 
 def _row(job: _Job, names: Sequence[str], kept: Kept) -> Merged:
-    tally, before = job.tally, kept.parameter if isinstance(kept, Replaced) else job.host._parameters[job.key]
-    widened = before is not None and before.dtype != job.host._parameters[job.key].dtype
+    tally, after = job.tally, job.host._parameters.get(job.key)
+    before = kept.parameter if isinstance(kept, Replaced) else after
+    widened = before is not None and before.dtype != after.dtype
     return Merged(
         path=job.where,
         adapters=tuple(names),
@@ -312,7 +350,7 @@ def _row(job: _Job, names: Sequence[str], kept: Kept) -> Merged:
         survives=tally.survives,
         error=tally.error,
         untied=before is not None and job.unties,
-        created=before is None,
+        created=before is None and job.computed is None,
         widened=widened,
         requantized=job.stored is not None,
         kept=kept.size,

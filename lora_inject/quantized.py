@@ -141,8 +141,10 @@ _BITSANDBYTES: dict[str, type[Stored]] = {"Int8Params": Int8, "Params4bit": Int4
 
 def stored_weight(module: nn.Module) -> Stored | None:
     """Returns how the weight of a linear layer is quantized, or None where it is not."""
+    if not isinstance(module, nn.Linear):
+        return None
     weight: Any = module._parameters.get("weight")
-    if type(weight) in (nn.Parameter, torch.Tensor, type(None)) or not isinstance(module, nn.Linear):
+    if type(weight) in (nn.Parameter, torch.Tensor, type(None)):
         return None
     library, name = type(weight).__module__.partition(".")[0], type(weight).__name__
     if library == "torchao" and hasattr(weight, "dequantize"):

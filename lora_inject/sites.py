@@ -84,6 +84,8 @@ def make_site(
                 f"adapter {adapter_class.kind!r} has no option {option!r}: {did_you_mean(option, adapter_class.extras)}"
             )
     parameter = extras.get("parameter")
+    if parameter is None and not adapter_class.can_adapt(module):
+        raise UnsupportedError(f"adapter {adapter_class.kind!r} does not serve {base_class(module).__name__}")
     names = adapter_class.touches(extras)
     _check_free(module, slot(name, parameter))
     _check_class(module, adapter_class, names)

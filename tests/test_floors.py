@@ -19,7 +19,7 @@ FLOORS = [
     {"config", "safefile", "keeping", "verdicts", "inspected", "models", "model_inputs", "offload"},
     {"targets", "adapter", "adapter_file"},
     {"registry", "host", "recipe", "blocks"},
-    {"factored", "residual", "sites", "fingerprint", "recipe_schema", "inspection", "ties"},
+    {"factored", "residual", "sites", "fingerprint", "recipe_schema", "inspection", "ties", "computed"},
     {"adapters.*", "refs", "merging", "selection", "recipe_file"},
     {"adapters", "plan", "merge", "state"},
     {"surgery", "switches", "verify"},

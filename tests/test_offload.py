@@ -239,10 +239,3 @@ def test_verify_finds_them_alive_and_merges_nothing(how, tmp_path):
     li.inject(model, TARGETS, rank=2)
     report = li.verify(model, torch.randn(2, 3, 6))
     assert report.ok and report.merge_error is None and len(report.verdicts) == 3, str(report)
-
-
-def test_verify_of_a_computed_weight_merges_nothing_either():
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)))
-    li.inject(model, "0", rank=2)
-    report = li.verify(model, torch.randn(2, 6))
-    assert report.ok and report.merge_error is None, str(report)
