@@ -14,7 +14,8 @@ from .commit import all_or_nothing
 from .config import check_option
 from .errors import StateError
 from .host import Host
-from .merging import ENOUGH, Merged, MergeOptions, merge_host, unmerge_host
+from .merge_job import ENOUGH, Merged, MergeOptions
+from .merging import merge_host, unmerge_host
 from .refs import AdapterRef, adapters, by_host, pick
 from .tables import percent, table
 from .ties import Ties, find_ties

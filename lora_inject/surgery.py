@@ -14,7 +14,8 @@ from .adapter import Adapter
 from .commit import Undo, all_or_nothing
 from .errors import StateError, UnsupportedError
 from .host import attach, class_for, detach, is_outermost, restorer
-from .merging import MergeOptions, bake_host, merge_host, unmerge_host
+from .merge_job import MergeOptions
+from .merging import bake_host, merge_host, unmerge_host
 from .offload import guard, release
 from .plan import Plan, plan
 from .refs import AdapterRef, adapters, by_host, pick

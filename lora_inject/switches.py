@@ -14,7 +14,8 @@ from .config import check_option
 from .errors import StateError
 from .host import Host
 from .merge import merged_hosts
-from .merging import MergeOptions, merge_host, unmerge_host
+from .merge_job import MergeOptions
+from .merging import merge_host, unmerge_host
 from .refs import adapters, pick
 from .ties import Ties, find_ties
 
