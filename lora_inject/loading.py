@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,6 @@ from .formats.prefixes import aligned
 from .formats.trained import as_updates
 from .plan import Plan, count_parameters
 from .registry import adapter_for, by_kind
-from .safefile import read_tensors
 from .sites import Site, make_site
 from .surgery import build, insert
 from .targets import nearest_paths
@@ -64,7 +63,8 @@ def load(
     if check_base:
         _check_base(file, sites, placed)
     every = tuple(site for group in sites.values() for site in group)
-    plan = Plan(injection, every, (), {str(path): len(every)}, count_parameters(nodes))
+    notes = (*file.notes, *([note] if note else []))
+    plan = Plan(injection, every, (), {str(path): len(every)}, count_parameters(nodes), notes)
     insert(model, plan, _filled(file, sites))
     return plan
 
@@ -73,17 +73,18 @@ Placed = dict[str, list[Node]]
 """By the path of a site in the file: its module, and any further modules that its aliases lead to."""
 
 
-def _place(file: AdapterFile, nodes: Sequence[Node], strict: bool) -> Placed:
-    """Returns the modules of every site of the file.
+def _place(file: Source, nodes: Sequence[Node], strict: bool) -> tuple[Placed, str]:
+    """Returns the modules of every site of the file, and a note where the paths differ by a prefix.
 
     Aliases lead to the same module, or, where an adapter was shared by tied weights, to another one. One that was a
     single module for the exporting model and is two in this one gets the same pair in both.
     """
     by_path = {path: node for node in nodes for path in node.paths}
+    move, note = _aligned(file, by_path)
     placed: Placed = {}
     missing: list[str] = []
     for record in file.sites.values():
-        owners = [record.owner(path) for path in (record.path, *record.aliases)]
+        owners = [move(record.owner(path)) for path in (record.path, *record.aliases)]
         found = list({id(by_path[path]): by_path[path] for path in owners if path in by_path}.values())
         if not found:
             near = nearest_paths(record.path, by_path)[:2]
@@ -102,7 +103,15 @@ def _place(file: AdapterFile, nodes: Sequence[Node], strict: bool) -> Placed:
     return placed, note
 
 
-def _sites(file: AdapterFile, placed: Placed, name: str) -> dict[str, list[Site]]:
+def _aligned(file: Source, known: Mapping[str, Node]) -> tuple[Callable[[str], str], str]:
+    """Returns what turns the file's paths into the model's, and a note where that is not the path itself."""
+    records = file.sites.values()
+    if all(any(record.owner(path) in known for path in (record.path, *record.aliases)) for record in records):
+        return str, ""
+    return aligned([record.owner(record.path) for record in records], known) or (str, "")
+
+
+def _sites(file: Source, placed: Placed, name: str) -> dict[str, list[Site]]:
     """Returns the checked sites of every placed record; their layout equals the shapes in the file."""
     sites: dict[str, list[Site]] = {}
     problems: list[LoraInjectError] = []
@@ -117,7 +126,7 @@ def _sites(file: AdapterFile, placed: Placed, name: str) -> dict[str, list[Site]
                     continue
                 site = make_site(node, adapter_class, record.config, name, record.extras)
             except ConfigError as problem:
-                raise FormatError(f"{file.header.path}: {path}: {problem}") from problem
+                raise FormatError(f"{file.path}: {path}: {problem}") from problem
             except LoraInjectError as problem:
                 problems.append(type(problem)(f"{path or '(root)'}: {problem}"))
                 continue
@@ -162,12 +171,13 @@ def _compare(file: Source, record: SiteRecord, site: Site) -> list[str]:
     return lines
 
 
-def _check_base(file: AdapterFile, sites: Mapping[str, list[Site]], placed: Placed) -> None:
+def _check_base(file: Source, sites: Mapping[str, list[Site]], placed: Placed) -> None:
     differ = [
         path
         for path, group in sites.items()
         for site, node in zip(group, placed[path], strict=True)
         if site.device.type != "meta"
+        and file.sites[path].base.get("hash") is not None
         and fingerprint(node, site.adapter_class.touches(site.extras)) != file.sites[path].base
     ]
     if differ:
@@ -178,13 +188,13 @@ def _check_base(file: AdapterFile, sites: Mapping[str, list[Site]], placed: Plac
 
 
 @torch.no_grad()
-def _filled(file: AdapterFile, sites: Mapping[str, list[Site]]) -> list[Adapter]:
+def _filled(file: Source, sites: Mapping[str, list[Site]]) -> list[Adapter]:
     """Returns one adapter per site, holding the file's numbers; those of one record share them."""
     keys = [f"{file.sites[path].prefix}{key}" for path, group in sites.items() for key in group[0].layout]
-    tensors = read_tensors(file.header, keys)
+    tensors = file.read(keys)
     bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
-        raise FormatError(f"{file.header.path}: NaN or infinity in {len(bad)} tensors:\n{listing(bad)}")
+        raise FormatError(f"{file.path}: NaN or infinity in {len(bad)} tensors:\n{listing(bad)}")
     built: list[Adapter] = []
     for path, group in sites.items():
         owner, *members = [build(site) for site in group]

@@ -102,7 +102,7 @@ def adapter_for(module: nn.Module) -> type[Adapter] | None:
 def adapter_for_parameter(module: nn.Module, name: str) -> type[Adapter] | None:
     """Returns the class that serves one parameter of the module, or None where none can."""
     for known in registered():
-        if known.can_adapt_parameter(module, name):
+        if not known.on_request and known.can_adapt_parameter(module, name):
             return known
     return None
 

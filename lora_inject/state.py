@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from .adapter_file import SiteRecord
 from .errors import StateError
 from .fingerprint import fingerprint
+from .formats import Bundle, write_adapter
 from .refs import AdapterRef, adapters, pick, unique
-from .safefile import write_tensors
 from .sites import join
 from .ties import pair_of
 from .tree import Node, walk
@@ -68,8 +68,10 @@ def bundle_of(model: nn.Module, name: str = "default") -> Bundle:
     groups: dict[int, list[AdapterRef]] = {}
     for ref in _refs(model, name):
         groups.setdefault(pair_of(ref.adapter), []).append(ref)
-    records = [_record(refs, [nodes[id(ref.module)] for ref in refs]) for refs in groups.values()]
-    return write_tensors(path, state, metadata(name, records))
+    sites = {refs[0].path: _record(refs, [nodes[id(ref.module)] for ref in refs]) for refs in groups.values()}
+    owners = [refs[0] for refs in groups.values()]
+    entries = {ref.path: {key: p.detach() for key, p in ref.adapter.named_parameters()} for ref in owners}
+    return Bundle(Path("the model"), name, sites, entries)
 
 
 def _refs(model: nn.Module, name: str) -> list[AdapterRef]:

@@ -108,7 +108,7 @@ class EmbeddingAdapter(FactoredAdapter):
     def unfold(self, host: Any, matrix: Tensor, rows: slice = ALL) -> Tensor:
         """Returns the rows with the biases' part added and the padding row zero."""
         shift = self.row_shift()
-        matrix = matrix if shift is None else matrix + shift
+        matrix = matrix if shift is None else matrix + shift * self.scaling
         padding = self._fixed_row(host)
         if padding is None or not 0 <= padding - (rows.start or 0) < matrix.shape[0]:
             return matrix
