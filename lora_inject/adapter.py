@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import SiteConfig
+from .offload import adapter_hook
 
 Layout = dict[str, tuple[int, ...]]
 """Names and shapes of an adapter's parameters."""
@@ -50,6 +51,11 @@ class Adapter(nn.Module, abc.ABC):
     stacks: ClassVar[bool] = False
     """Whether updates add up by stacking `lora_A` and `lora_B` along the rank, and dense ones by their sum."""
 
+    stored_as: ClassVar[str | None] = None
+    """The kind under which files name it, where that is another class's, whose parameters it has."""
+    readable: ClassVar[bool] = True
+    """Whether who reads an adapted parameter gets W + delta; otherwise only the host's forward applies the update."""
+
     row_axes: int = 1
     """How many leading axes of the weight count as its rows when it is merged block by block (lora_inject.blocks)."""
 
@@ -61,10 +67,14 @@ class Adapter(nn.Module, abc.ABC):
     """How many open `disabled` contexts cover this adapter."""
     merged = False
     """Whether the host's parameters hold the update now."""
+    shared = False
+    """Whether its parameters are those of another adapter too, since both update one tied weight."""
     factor = 1.0
     """Product of the open `scaled` contexts."""
     scalings = 0
     """How many open `scaled` contexts cover this adapter."""
+
+    _hf_hook = adapter_hook
 
     def __init__(
         self,
@@ -112,6 +122,11 @@ class Adapter(nn.Module, abc.ABC):
     @abc.abstractmethod
     def shape(cls, module: nn.Module, extras: Mapping[str, Any]) -> tuple[int, ...]:
         """Returns the shape of the weight that is adapted."""
+
+    @classmethod
+    def weight_dtype(cls, tensor: Tensor) -> torch.dtype:
+        """Returns the dtype of the numbers that a stored weight stands for."""
+        return tensor.dtype
 
     @classmethod
     def touches(cls, extras: Mapping[str, Any]) -> tuple[str, ...]:

@@ -123,16 +123,16 @@ def _names(model: str | os.PathLike[str] | None) -> ModelNames | None:
 
 def _identified(bundle: Bundle, names: ModelNames, check: bool) -> Bundle:
     """Returns the bundle with the fingerprint of every site, after comparing those that it has with the checkpoint."""
-    modules = {path: node.module for node in walk(names.model) for path in node.paths}
+    nodes = {path: node for node in walk(names.model) for path in node.paths}
     sites: dict[str, SiteRecord] = {}
     differ: list[str] = []
     for path, record in bundle.sites.items():
         touched = by_kind(record.kind).touches(record.extras)
         owner = record.owner(path)
-        if owner not in modules or not touched:
+        if owner not in nodes or not touched:
             raise MismatchError(f"{bundle.path}: {path or '(root)'}: the model in {names.base.root} has no such module")
         with materialised(names, (join(owner, touched[0]),)):
-            found = fingerprint(modules[owner], touched)
+            found = fingerprint(nodes[owner], touched)
         if record.base.get("hash") not in (None, found["hash"]):
             differ.append(path)
         sites[path] = record if record.base.get("hash") else replace(record, base=found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,10 +18,11 @@ from .formats import Bundle, Source, read_adapter
 from .formats.prefixes import aligned
 from .formats.trained import as_updates
 from .plan import Plan, count_parameters
-from .registry import by_kind
+from .registry import adapter_for, by_kind
 from .sites import Site, make_site
 from .surgery import build, insert
 from .targets import nearest_paths
+from .ties import share
 from .tree import Node, walk
 
 
@@ -59,27 +61,36 @@ def load(
     placed, note = _place(file, nodes, strict)
     sites = _sites(file, placed, injection.name)
     if check_base:
-        _check_base(file, sites)
+        _check_base(file, sites, placed)
+    every = tuple(site for group in sites.values() for site in group)
     notes = (*file.notes, *([note] if note else []))
-    plan = Plan(injection, tuple(sites.values()), (), {str(path): len(sites)}, count_parameters(nodes), notes)
+    plan = Plan(injection, every, (), {str(path): len(every)}, count_parameters(nodes), notes)
     insert(model, plan, _filled(file, sites))
     return plan
 
 
-def _place(file: Source, nodes: Sequence[Node], strict: bool) -> tuple[dict[str, Node], str]:
-    """Returns the module of every site by the path in the file, and a note where the paths differ by a prefix."""
+Placed = dict[str, list[Node]]
+"""By the path of a site in the file: its module, and any further modules that its aliases lead to."""
+
+
+def _place(file: Source, nodes: Sequence[Node], strict: bool) -> tuple[Placed, str]:
+    """Returns the modules of every site of the file, and a note where the paths differ by a prefix.
+
+    Aliases lead to the same module, or, where an adapter was shared by tied weights, to another one. One that was a
+    single module for the exporting model and is two in this one gets the same pair in both.
+    """
     by_path = {path: node for node in nodes for path in node.paths}
     move, note = _aligned(file, by_path)
-    placed: dict[str, Node] = {}
+    placed: Placed = {}
     missing: list[str] = []
     for record in file.sites.values():
         owners = [move(record.owner(path)) for path in (record.path, *record.aliases)]
-        node = next((by_path[path] for path in owners if path in by_path), None)
-        if node is None:
+        found = list({id(by_path[path]): by_path[path] for path in owners if path in by_path}.values())
+        if not found:
             near = nearest_paths(record.path, by_path)[:2]
             missing.append(record.path + (f" (nearest: {', '.join(near)})" if near else ""))
         else:
-            placed[record.path] = node
+            placed[record.path] = found
     stray = sorted(set(file.entries) - set(file.sites))
     if stray:
         raise FormatError(f"{file.path}: tensors that belong to no site of the file:\n{listing(stray)}")
@@ -100,31 +111,42 @@ def _aligned(file: Source, known: Mapping[str, Node]) -> tuple[Callable[[str], s
     return aligned([record.owner(record.path) for record in records], known) or (str, "")
 
 
-def _sites(file: Source, placed: Mapping[str, Node], name: str) -> dict[str, Site]:
-    """Returns a checked site for every placed record; its layout equals the shapes in the file."""
-    sites: dict[str, Site] = {}
+def _sites(file: Source, placed: Placed, name: str) -> dict[str, list[Site]]:
+    """Returns the checked sites of every placed record; their layout equals the shapes in the file."""
+    sites: dict[str, list[Site]] = {}
     problems: list[LoraInjectError] = []
     wrong: list[str] = []
-    for path, node in placed.items():
+    for path, nodes in placed.items():
         record = file.sites[path]
-        try:
-            adapter_class = by_kind(record.kind)
-            if not _serves(adapter_class, node.module, record.extras.get("parameter")):
-                wrong.append(f"{path}: adapter {record.kind!r} does not serve {type(node.module).__name__}")
+        for node in nodes:
+            try:
+                adapter_class = _class_for(record, node.module)
+                if adapter_class is None:
+                    wrong.append(f"{path}: adapter {record.kind!r} does not serve {type(node.module).__name__}")
+                    continue
+                site = make_site(node, adapter_class, record.config, name, record.extras)
+            except ConfigError as problem:
+                raise FormatError(f"{file.path}: {path}: {problem}") from problem
+            except LoraInjectError as problem:
+                problems.append(type(problem)(f"{path or '(root)'}: {problem}"))
                 continue
-            site = make_site(node, adapter_class, record.config, name, record.extras)
-        except ConfigError as problem:
-            raise FormatError(f"{file.path}: {path}: {problem}") from problem
-        except LoraInjectError as problem:
-            problems.append(type(problem)(f"{path or '(root)'}: {problem}"))
-            continue
-        wrong += _compare(file, record, site)
-        sites[path] = site
+            wrong += _compare(file, record, site)
+            group = sites.setdefault(path, [])
+            group.append(replace(site, owner=group[0].path) if group else site)
     if problems:
         raise type(problems[0])("\n".join(map(str, problems[:12])))
     if wrong:
         raise MismatchError(f"{file.path}: {len(wrong)} tensors do not fit:\n{listing(wrong)}")
     return sites
+
+
+def _class_for(record: SiteRecord, module: nn.Module) -> type[Adapter] | None:
+    """Returns the class of the record's kind, or what stands for it here, or serves the module as a further user."""
+    adapter_class, parameter = by_kind(record.kind), record.extras.get("parameter")
+    if _serves(adapter_class, module, parameter):
+        return adapter_class
+    found = adapter_for(module) if parameter is None else None
+    return found if found is not None and (record.aliases or found.stored_as == record.kind) else None
 
 
 def _serves(adapter_class: type[Adapter], module: nn.Module, parameter: str | None) -> bool:
@@ -149,13 +171,14 @@ def _compare(file: Source, record: SiteRecord, site: Site) -> list[str]:
     return lines
 
 
-def _check_base(file: Source, sites: Mapping[str, Site]) -> None:
+def _check_base(file: Source, sites: Mapping[str, list[Site]], placed: Placed) -> None:
     differ = [
         path
-        for path, site in sites.items()
+        for path, group in sites.items()
+        for site, node in zip(group, placed[path], strict=True)
         if site.device.type != "meta"
         and file.sites[path].base.get("hash") is not None
-        and fingerprint(site.module, site.adapter_class.touches(site.extras)) != file.sites[path].base
+        and fingerprint(node, site.adapter_class.touches(site.extras)) != file.sites[path].base
     ]
     if differ:
         raise MismatchError(
@@ -165,17 +188,19 @@ def _check_base(file: Source, sites: Mapping[str, Site]) -> None:
 
 
 @torch.no_grad()
-def _filled(file: Source, sites: Mapping[str, Site]) -> list[Adapter]:
-    """Returns one adapter per site, holding the file's numbers."""
-    keys = [f"{file.sites[path].prefix}{key}" for path, site in sites.items() for key in site.layout]
+def _filled(file: Source, sites: Mapping[str, list[Site]]) -> list[Adapter]:
+    """Returns one adapter per site, holding the file's numbers; those of one record share them."""
+    keys = [f"{file.sites[path].prefix}{key}" for path, group in sites.items() for key in group[0].layout]
     tensors = file.read(keys)
     bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise FormatError(f"{file.path}: NaN or infinity in {len(bad)} tensors:\n{listing(bad)}")
-    built = []
-    for path, site in sites.items():
-        adapter = build(site)
-        for key in site.layout:
-            adapter._parameters[key].copy_(tensors[f"{file.sites[path].prefix}{key}"])  # type: ignore[union-attr]
-        built.append(adapter)
+    built: list[Adapter] = []
+    for path, group in sites.items():
+        owner, *members = [build(site) for site in group]
+        for key in group[0].layout:
+            owner._parameters[key].copy_(tensors[f"{file.sites[path].prefix}{key}"])  # type: ignore[union-attr]
+        for member in members:
+            share(owner, member)
+        built += [owner, *members]
     return built

@@ -14,7 +14,7 @@ from .errors import LoraInjectError, TargetError, UnsupportedError, listing
 from .host import base_class
 from .recipe import Recipe
 from .selection import Candidate, Selection
-from .sites import Site, make_site
+from .sites import Site, make_site, share_sites
 from .tables import dims, percent, table
 from .targets import Target, as_targets, is_literal, matcher, nearest_paths
 from .tree import Node, walk
@@ -101,7 +101,7 @@ def _row(site: Site, total: int) -> tuple[object, ...]:
         site.path or "(root)",
         kind,
         dims(site.shape),
-        site.adapter_class.kind,
+        site.adapter_class.kind if site.owner is None else f"{site.adapter_class.kind}, shares {site.owner}",
         site.config.rank,
         site.parameters,
         share,
@@ -119,6 +119,7 @@ def _site_dict(site: Site) -> dict[str, Any]:
         "scaling": site.config.scaling,
         "dtype": dtype_name(site.dtype),
         "parameters": site.parameters,
+        "owner": site.owner,
     }
 
 
@@ -145,6 +146,8 @@ def plan(model: nn.Module, targets: object, **options: Any) -> Plan:
     for position, count in enumerate(hits):
         if not count:
             raise _no_site(selection, position, nodes, [c for c in candidates if position in c.hits], skipped)
+    if injection.share_tied:
+        sites = share_sites(sites)
     labels = [target.label for target in recipe.targets]
     return Plan(injection, tuple(sites), tuple(skipped), dict(zip(labels, hits, strict=True)), count_parameters(nodes))
 

@@ -11,9 +11,10 @@ from .adapter_file import SiteRecord
 from .errors import StateError
 from .fingerprint import fingerprint
 from .formats import Bundle, write_adapter
-from .refs import AdapterRef, adapters, pick
+from .refs import AdapterRef, adapters, pick, unique
 from .sites import join
-from .tree import walk
+from .ties import pair_of
+from .tree import Node, walk
 
 
 def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -22,11 +23,9 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     Raises:
         StateError: no adapter has that name.
     """
-    return {
-        join(ref.path, key): parameter.detach()
-        for ref in _refs(model, name)
-        for key, parameter in ref.adapter.named_parameters()
-    }
+    owned = [(ref.path, ref.adapter.named_parameters()) for ref in _refs(model, name)]
+    found = {join(path, key): parameter for path, parameters in owned for key, parameter in parameters}
+    return {key: parameter.detach() for key, parameter in unique(found).items()}
 
 
 def export(
@@ -65,10 +64,13 @@ def bundle_of(model: nn.Module, name: str = "default") -> Bundle:
     empty = next((key for key, tensor in state.items() if tensor.is_meta), None)
     if empty is not None:
         raise StateError(f"{empty} is on the meta device and holds no numbers: materialise the model first")
-    aliases = {id(node.module): node.paths[1:] for node in walk(model)}
-    refs = _refs(model, name)
-    sites = {ref.path: _record(ref, aliases[id(ref.module)]) for ref in refs}
-    entries = {ref.path: {key: p.detach() for key, p in ref.adapter.named_parameters()} for ref in refs}
+    nodes = {id(node.module): node for node in walk(model)}
+    groups: dict[int, list[AdapterRef]] = {}
+    for ref in _refs(model, name):
+        groups.setdefault(pair_of(ref.adapter), []).append(ref)
+    sites = {refs[0].path: _record(refs, [nodes[id(ref.module)] for ref in refs]) for refs in groups.values()}
+    owners = [refs[0] for refs in groups.values()]
+    entries = {ref.path: {key: p.detach() for key, p in ref.adapter.named_parameters()} for ref in owners}
     return Bundle(Path("the model"), name, sites, entries)
 
 
@@ -77,13 +79,15 @@ def _refs(model: nn.Module, name: str) -> list[AdapterRef]:
     return [ref for ref in adapters(model) if ref.name == name]
 
 
-def _record(ref: AdapterRef, aliases: list[str]) -> SiteRecord:
-    adapter = ref.adapter
+def _record(refs: list[AdapterRef], nodes: list[Node]) -> SiteRecord:
+    """Returns the record of adapters that share their parameters; those of a single one in most cases."""
+    adapter = refs[0].adapter
+    paths = [join(path, ref.adapter.parameter) for ref, node in zip(refs, nodes, strict=True) for path in node.paths]
     return SiteRecord(
-        path=ref.path,
-        aliases=tuple(join(alias, adapter.parameter) for alias in aliases),
-        kind=adapter.kind,
+        path=paths[0],
+        aliases=tuple(paths[1:]),
+        kind=adapter.stored_as or adapter.kind,
         config=adapter.config,
         extras=adapter.describe(),
-        base=fingerprint(ref.module, adapter.updates),
+        base=fingerprint(nodes[0], adapter.updates),
     )

@@ -17,6 +17,31 @@ INNER = "adapters"
 """The child of a host that holds its adapters; the walk does not enter it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Away:
+    """Where accelerate keeps a module's tensors while nothing runs; their own entries are on the meta device then."""
+
+    hook: Any
+    start: int
+    """Length of the state-dict prefix of the module that the hook sits on; it may hold whole subtrees."""
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the tensors are while the module runs."""
+        found = self.hook.execution_device
+        return None if found is None else torch.device(found)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """Returns the tensor with this key of the model's state dict."""
+        found: torch.Tensor = self.hook.weights_map[key[self.start :]]
+        return found
+
+
+def offloading(hook: Any) -> list[Any]:
+    """Returns those of accelerate's hooks, chained or single, that put a module's tensors away; none for None."""
+    return [one for one in getattr(hook, "hooks", (hook,)) if getattr(one, "offload", False)]
+
+
 @dataclass(slots=True)
 class Node:
     """One module of the tree.
@@ -25,11 +50,13 @@ class Node:
         module: the module itself.
         paths: its dotted paths without wrapper segments, first found first; the rest are aliases.
         key: the prefix of its entries in the model's state dict ("" for the root, else ends with ".").
+        away: where its tensors are, if accelerate offloads them.
     """
 
     module: nn.Module
     paths: list[str]
     key: str
+    away: Away | None = None
 
     @property
     def path(self) -> str:
@@ -53,31 +80,40 @@ def _unwrap(module: nn.Module, key: str) -> tuple[nn.Module, str]:
     return module, key
 
 
-def _visit(walk: _Walk, module: nn.Module, path: str, key: str) -> None:
+def _visit(walk: _Walk, module: nn.Module, path: str, key: str, away: Away | None) -> None:
     module, key = _unwrap(module, key)
     ident = id(module)
     if ident in walk.open:
         return
+    for hook in offloading(module.__dict__.get("_hf_hook")):
+        away = Away(hook, len(key))
     node = walk.nodes.get(ident)
     if node is None:
-        walk.nodes[ident] = Node(module, [path], key)
+        walk.nodes[ident] = Node(module, [path], key, away)
     elif path not in node.paths:
         node.paths.append(path)
     children = module._modules
     if not children:
         return
     walk.open.add(ident)
+    inherited = away if away is not None and away.hook.place_submodules else None
     inner = INNER if getattr(type(module), "is_lora_host", False) else None
     for name, child in children.items():
         if child is not None and name != inner:
-            _visit(walk, child, f"{path}.{name}" if path else name, f"{key}{name}.")
+            _visit(walk, child, f"{path}.{name}" if path else name, f"{key}{name}.", inherited)
     walk.open.discard(ident)
 
 
-def walk(model: nn.Module) -> list[Node]:
-    """Returns every module of the model once, in the order of `named_modules()`, adapters left out."""
+def walk(model: nn.Module, key: str = "", away: Away | None = None) -> list[Node]:
+    """Returns every module of the model once, in the order of `named_modules()`, adapters left out.
+
+    Args:
+        model: the root of the walk.
+        key: the prefix of its entries in the state dict, where it is part of a larger model.
+        away: where its tensors are, if a module above it has them offloaded.
+    """
     found = _Walk()
-    _visit(found, model, "", "")
+    _visit(found, model, "", key, away)
     return list(found.nodes.values())
 
 

@@ -522,7 +522,9 @@ def test_the_entry_point_is_main():
 
 def test_the_entry_point_prints_json_alone(llama):
     out, err = (process := entry_point("plan", llama / "base", "-t", "*.q_proj", "--json")).communicate()
-    assert (process.returncode, err) == (0, "")
+    # transformers imports torchao where it is installed, which may complain about its own libraries.
+    ours = [line for line in err.splitlines() if "torchao" not in line and "/_pytree.py:" not in line]
+    assert (process.returncode, ours) == (0, [])
     assert len(json.loads(out)["sites"]) == 2
     out, err = (process := entry_point("inspect", "none")).communicate()
     assert (process.returncode, out) == (2, "")

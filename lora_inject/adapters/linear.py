@@ -14,6 +14,7 @@ from ..config import SiteConfig
 from ..factored import FactoredAdapter
 from ..fused import can_fuse, fused_linear
 from ..host import base_class
+from ..quantized import stored_weight
 from ..registry import register
 
 
@@ -98,8 +99,8 @@ class LinearAdapter(MatrixAdapter):
 
     @classmethod
     def can_adapt(cls, module: nn.Module) -> bool:
-        """Every `nn.Linear` and subclass."""
-        return isinstance(module, nn.Linear)
+        """Every `nn.Linear` and subclass whose weight is no quantized one."""
+        return isinstance(module, nn.Linear) and stored_weight(module) is None
 
     @classmethod
     def knows_forward(cls, module: nn.Module) -> bool:
