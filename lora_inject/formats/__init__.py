@@ -9,9 +9,10 @@ from torch import nn
 
 from .bundle import Bundle, Source
 from .format import Format, format_named, recognise
+from .mlx import Mlx
 from .native import LoraInject
 
-FORMATS: tuple[Format, ...] = (LoraInject(),)
+FORMATS: tuple[Format, ...] = (LoraInject(), Mlx())
 """All formats, asked in this order whether they recognise a file."""
 
 __all__ = ["FORMATS", "Bundle", "Source", "read_adapter", "write_adapter"]
