@@ -11,8 +11,9 @@ from .bundle import Bundle, Source
 from .format import Format, format_named, recognise
 from .mlx import Mlx
 from .native import LoraInject
+from .torchtune import Torchtune
 
-FORMATS: tuple[Format, ...] = (LoraInject(), Mlx())
+FORMATS: tuple[Format, ...] = (LoraInject(), Mlx(), Torchtune())
 """All formats, asked in this order whether they recognise a file."""
 
 __all__ = ["FORMATS", "Bundle", "Source", "read_adapter", "write_adapter"]
