@@ -90,3 +90,14 @@ def assert_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None
     assert left.keys() == right.keys()
     for key, tensor in left.items():
         assert tensor.dtype == right[key].dtype and torch.equal(tensor, right[key]), key
+
+
+def turned(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Returns rows in transformers' order from Meta's: row 2 i of a head becomes row i, row 2 i + 1 row i + half."""
+    size = rows.shape[0] // heads
+    found = torch.empty_like(rows)
+    for head in range(heads):
+        for i in range(size // 2):
+            found[head * size + i] = rows[head * size + 2 * i]
+            found[head * size + size // 2 + i] = rows[head * size + 2 * i + 1]
+    return found

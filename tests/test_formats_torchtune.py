@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from causal_models import ATTENTION, MLP, adapted, assert_bits, causal, changed, logits, state
+from causal_models import ATTENTION, MLP, adapted, assert_bits, causal, changed, logits, state, turned
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -33,17 +33,6 @@ ROTARY, PLAIN = ["llama", "mistral", "gemma", "gemma2"], ["qwen2"]
 def read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     with safe_open(path, framework="pt") as file:
         return load_file(path), json.loads(file.metadata()["lora_config"])
-
-
-def turned(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Returns rows in transformers' order from Meta's: row 2 i of a head becomes row i, row 2 i + 1 row i + half."""
-    size = rows.shape[0] // heads
-    found = torch.empty_like(rows)
-    for head in range(heads):
-        for i in range(size // 2):
-            found[head * size + i] = rows[head * size + 2 * i]
-            found[head * size + size // 2 + i] = rows[head * size + 2 * i + 1]
-    return found
 
 
 def by_torchtune(path: Path, rotary: bool) -> dict[str, torch.Tensor]:
