@@ -133,8 +133,8 @@ def _problem(one: Factors, names: Names) -> str:
     """Returns why a site cannot go into the file, "" where it can."""
     if torch.float64 in (one.a.dtype, one.b.dtype):
         return f"{one.site}: float64, which llama.cpp does not compute in"
-    if names.text.tied and one.path in (names.text.embedding, names.text.head):
-        return f"{one.site}: the model ties its embeddings, and llama.cpp takes no adapter for these"
+    if names.tied and one.path in (names.text.embedding, names.text.head):
+        return f"{one.site}: llama.cpp uses one matrix as embedding and output layer, and takes no adapter for that"
     if one.path not in names.text.modules:
         return f"{one.site}: the model has no such module"
     if one.parameter is None and one.kind != "embedding" and not isinstance(names.text.modules[one.path], nn.Linear):

@@ -49,9 +49,14 @@ class Names:
         """Returns the tensor of a module's weight, or of a stack of experts; None where llama.cpp has none."""
         stem = self.text.embedding.rpartition(".")[0]
         inside = path.removeprefix(f"{stem}.") if stem else path
-        plain = "lm_head" if path == self.text.head else f"model.{inside}"
+        plain = "lm_head" if path and path == self.text.head else f"model.{inside}"
         found: str | None = self.table.get_name(f"{plain}.weight", try_suffixes=(".weight",))
         return found
+
+    @property
+    def tied(self) -> bool:
+        """Whether llama.cpp uses the embedding as output layer, which it does in families that have no other."""
+        return self.text.tied or not self.text.head or self.theirs(self.text.head) is None
 
     @cached_property
     def ours(self) -> dict[str, str]:

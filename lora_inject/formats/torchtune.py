@@ -54,17 +54,19 @@ class Family:
     Attributes:
         layer: transformers' modules of a layer and torchtune's.
         rotary: whether rows of q and k are in Meta's order, neighbours rotated together.
+        head: whether the output layer can be one of its own.
     """
 
     layer: Mapping[str, str]
     rotary: bool
+    head: bool = True
 
 
 FAMILIES = {
     "llama": Family(LAYER, True),
     "mistral": Family(LAYER, True),
-    "gemma": Family(LAYER, True),
-    "gemma2": Family(LAYER, True),
+    "gemma": Family(LAYER, True, head=False),
+    "gemma2": Family(LAYER, True, head=False),
     "qwen2": Family(LAYER, False),
     "phi3": Family(FUSED_LAYER, False),
 }
@@ -84,8 +86,8 @@ class Layout:
 
     def theirs(self, path: str) -> list[str]:
         """Returns torchtune's paths of the rows of a module, none where torchtune has no LoRA for it."""
-        if path == self.text.head and not self.text.tied:
-            return ["output"]
+        if path and path == self.text.head:
+            return ["output"] if self.family.head and not self.text.tied else []
         found = re.fullmatch(rf"{re.escape(self.stem)}layers\.(\d+)\.(.+)", path)
         parts = self.family.layer.get(found[2], "").split() if found else []
         return [f"layers.{found[1]}.{part}" for part in parts] if found else []
