@@ -1,6 +1,6 @@
 """GGUF files, read by strict rules of our own: a stranger's header is checked before anything of its size is built.
 
-The layout is that of ggml's docs/gguf.md, versions 2 and 3, little-endian.
+The layout is the one that ggml documents for GGUF versions 2 and 3, little-endian.
 """
 
 from __future__ import annotations
