@@ -366,6 +366,24 @@ def test_hostile_headers_are_refused_at_once(case, tmp_path):
     assert not list(li.adapters(model))
 
 
+def test_a_rank_of_a_million_is_refused_before_it_is_read(tmp_path):
+    """The file is as large as its header says, but sparse: reading it would take a gigabyte."""
+    stem, rank, path = "blk.0.attn_v.weight.lora_", 2**23, tmp_path / "a.gguf"
+    kinds = field("general.type", 8, text("adapter")) + field("adapter.type", 8, text("lora"))
+    kinds += field("general.architecture", 8, text("llama"))
+    infos = info(f"{stem}a", (24, rank)) + info(f"{stem}b", (rank, 8), offset=24 * rank * 4)
+    header = file(kinds, infos, tensors=2, fields=3, data=0)
+    path.write_bytes(header)
+    with path.open("r+b") as opened:
+        opened.truncate(len(header) + 32 * rank * 4)
+    model, began = causal("llama"), time.process_time()
+    tracemalloc.start()
+    with pytest.raises(li.FormatError, match="a rank, or one beyond 65536"):
+        li.load(model, path)
+    assert tracemalloc.get_traced_memory()[1] < 50 * 2**20 and time.process_time() - began < 1
+    tracemalloc.stop()
+
+
 def test_a_header_full_of_strings_ends_in_time(tmp_path):
     """The slowest header that the limits let through."""
     strings = field("a", 9, struct.pack("<IQ", 8, 60000) + text("") * 60000)

@@ -21,10 +21,10 @@ from .factors import Factors
 from .format import Format
 from .gguf_file import Q8_0, GgufFile, read_gguf, read_tensors
 from .gguf_names import EMBEDDING, Names, gguf_names, gguf_package
-from .pairs import Suffixes, matrices, paired
+from .pairs import Suffixes, paired, rank_of
 from .refusals import matrices_of, refuse
 from .resolve import Parsed, resolve
-from .text_model import to_halves, to_pairs
+from .rotary import to_halves, to_pairs
 from .uniform import common, rescaled
 
 SUFFIXES = Suffixes(".lora_a", ".lora_b", {"_norm.weight": "a norm that was trained as a whole"})
@@ -45,11 +45,12 @@ class Gguf(Format):
         stems = paired(file.tensors, SUFFIXES, file.path)
         names = gguf_names(model, file.path)
         _check_owner(file, stems, names)
+        _check_ranks(file, stems, names)
         tensors = read_tensors(file, file.tensors)
         plain: list[Factors] = []
         stacks: dict[str, dict[str, Factors]] = defaultdict(dict)
         for stem in stems:
-            one = _factors(stem, tensors, alpha, names, file.path)
+            one = _factors(stem, tensors, alpha, names)
             if one.parameter is None:
                 plain.append(one)
             else:
@@ -111,11 +112,17 @@ def _check_owner(file: GgufFile, stems: Iterable[str], names: Names) -> None:
         raise MismatchError(f"{file.path}: the model has no tensors of these names:\n{listing(strangers)}")
 
 
-def _factors(stem: str, tensors: Mapping[str, Tensor], alpha: float, names: Names, where: Path) -> Factors:
+def _check_ranks(file: GgufFile, stems: Iterable[str], names: Names) -> None:
+    for stem in stems:
+        a, b = (file.tensors[stem + suffix].shape for suffix in (SUFFIXES.a, SUFFIXES.b))
+        inner = (-1, -1) if stem == EMBEDDING else (-2, -1)
+        rank_of(stem, a, b, file.path, inner=inner, axes=3 if names.stacked(stem) else 2)
+
+
+def _factors(stem: str, tensors: Mapping[str, Tensor], alpha: float, names: Names) -> Factors:
     path, heads = names.ours[stem], names.heads(stem)
     a, b = tensors[stem + SUFFIXES.a], tensors[stem + SUFFIXES.b]
-    stacked = path not in names.text.modules
-    matrices(stem, a, b, where, (3,) if stacked else (2,))
+    stacked = names.stacked(stem)
     if stacked:
         path, _, piece = path.rpartition(".")
     one = Factors(

@@ -202,7 +202,7 @@ def read_tensors(file: GgufFile, names: Iterable[str]) -> dict[str, Tensor]:
             for name in names:
                 opened.seek(file.tensors[name].start)
                 found[name] = _tensor(file.tensors[name], bytearray(opened.read(file.tensors[name].size)))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
         raise FormatError(f"{file.path}: cannot be read: {error}") from error
     bad = [name for name, tensor in found.items() if not torch.isfinite(tensor).all()]
     if bad:

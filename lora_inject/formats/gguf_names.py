@@ -67,6 +67,10 @@ class Names:
                 paths += [f"{path}.{piece}" for piece in PIECES]
         return {name: path for path in paths if (name := self.theirs(path)) is not None}
 
+    def stacked(self, tensor: str) -> bool:
+        """Says whether one of the model's tensors is a stack of experts."""
+        return self.ours[tensor] not in self.text.modules
+
     def heads(self, tensor: str) -> int | None:
         """Returns how many rotary heads the reordered rows of a tensor are, None for rows in transformers' order."""
         kinds = {"attn_q": self.text.heads, "attn_k": self.text.kv_heads}

@@ -22,7 +22,7 @@ from .experts import Experts, experts_of
 from .factors import Factors, alpha_for
 from .folder import write_folder, write_text
 from .format import Format
-from .pairs import Suffixes, matrices, paired
+from .pairs import Suffixes, paired, rank_of, shapes_of
 from .refusals import matrices_of, refuse
 from .resolve import Parsed, resolve
 from .text_model import TextModel, text_model
@@ -69,16 +69,16 @@ class Mlx(Format):
     def read(self, content: Content, model: nn.Module | None) -> Source:
         settings = _settings(content)
         stems = paired(content.names, SUFFIXES, content.path)
+        stacked = {stem for stem in stems if _is_stack(stem, content, settings)}
         tensors = content.read()
         plain: list[Factors] = []
         stacks: dict[str, Factors] = {}
         for stem in stems:
             a, b = tensors[stem + SUFFIXES.a], tensors[stem + SUFFIXES.b]
-            matrices(stem, a, b, content.path, (2, 3))
-            if a.dim() == 3:
-                stacks[stem] = _factors(stem, a, b, settings, content.path)
+            if stem in stacked:
+                stacks[stem] = _factors(stem, a, b, settings)
             else:
-                plain.append(_factors(stem, a.t(), b.t(), settings, content.path))
+                plain.append(_factors(stem, a.t(), b.t(), settings))
         factors = [*_with_head(plain, model, content.path), *_packed(stacks, model, content.path)]
         return resolve(Parsed(path=content.path, factors=factors), model)
 
@@ -128,9 +128,18 @@ def _settings(content: Content) -> Settings:
     )
 
 
-def _factors(stem: str, a: Tensor, b: Tensor, settings: Settings, where: Path) -> Factors:
-    if a.shape[-2] != settings.rank:
-        raise FormatError(f"{where}: {stem}: rank {a.shape[-2]} in its tensors, {settings.rank} in {CONFIG}")
+def _is_stack(stem: str, content: Content, settings: Settings) -> bool:
+    """Says whether a pair is one of stacks, (E, rank, in) and (E, out, rank), after checking its shapes."""
+    shapes = shapes_of(content)
+    a, b = shapes[stem + SUFFIXES.a], shapes[stem + SUFFIXES.b]
+    stacked = len(a) == 3
+    rank = rank_of(stem, a, b, content.path, inner=(-2, -1) if stacked else (-1, -2), axes=3 if stacked else 2)
+    if rank != settings.rank:
+        raise FormatError(f"{content.path}: {stem}: rank {rank} in its tensors, {settings.rank} in {CONFIG}")
+    return stacked
+
+
+def _factors(stem: str, a: Tensor, b: Tensor, settings: Settings) -> Factors:
     return Factors(
         path=stem,
         a=a,

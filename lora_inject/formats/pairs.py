@@ -6,9 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from ..errors import FormatError, UnsupportedError, listing
+from .checks import RANK_LIMIT
+from .content import Content
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,29 @@ def paired(names: Iterable[str], suffixes: Suffixes, where: object) -> list[str]
     return list(found)
 
 
-def matrices(stem: str, a: Tensor, b: Tensor, where: object, axes: tuple[int, ...] = (2,)) -> None:
-    """Checks that both factors are matrices, or stacks of matrices where `axes` says so.
+def rank_of(stem: str, a: Shape, b: Shape, where: object, *, inner: tuple[int, int] = (-2, -1), axes: int = 2) -> int:
+    """Returns the rank of a pair, which its shapes tell before any number is read.
+
+    Args:
+        stem: the pair, for messages.
+        a: shape of one factor.
+        b: shape of the other.
+        where: the file, for messages.
+        inner: which axis of each is the rank.
+        axes: 2 for matrices, 3 for stacks of them.
 
     Raises:
-        FormatError: they are not.
+        FormatError: other shapes, two ranks, or one that no adapter has.
     """
-    if a.dim() != b.dim() or a.dim() not in axes or not a.numel() or not b.numel():
-        raise FormatError(
-            f"{where}: {stem}: factors of shape {tuple(a.shape)} and {tuple(b.shape)} are no matrices that make a pair"
-        )
+    if not len(a) == len(b) == axes or 0 in (*a, *b):
+        raise FormatError(f"{where}: {stem}: factors of shape {a} and {b} are no matrices that make a pair")
+    ranks = a[inner[0]], b[inner[1]]
+    if ranks[0] != ranks[1] or ranks[0] > RANK_LIMIT:
+        raise FormatError(f"{where}: {stem}: {a} and {b} do not share a rank, or one beyond {RANK_LIMIT}")
+    return ranks[0]
+
+
+def shapes_of(content: Content) -> dict[str, Shape]:
+    """Returns the shapes of all tensors, from the header where there is one."""
+    entries = content.pickled if content.header is None else content.header.tensors
+    return {name: tuple(entry.shape) for name, entry in entries.items()}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import MismatchError, UnsupportedError
+from ..errors import UnsupportedError
 from ..tree import walk
 
 SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size")
@@ -86,39 +86,3 @@ def _end(model: nn.Module, getter: str, paths: dict[int, str]) -> str:
         return paths.get(id(getattr(model, getter)()), "")
     except (AttributeError, NotImplementedError):
         return ""
-
-
-def to_pairs(rows: Tensor, heads: int, where: str) -> Tensor:
-    """Returns rows of a query or key projection with the two halves of every rotary head in turns.
-
-    transformers rotates element i of a head with element i + head_dim / 2; Meta's code, and torchtune and llama.cpp
-    after it, with its neighbour.
-
-    Args:
-        rows: (heads * head_dim, ...).
-        heads: number of heads.
-        where: the site, for messages.
-
-    Raises:
-        MismatchError: the rows are not that many heads of an even size.
-    """
-    return _swapped(rows, (heads, 2, _half(rows, heads, where)))
-
-
-def to_halves(rows: Tensor, heads: int, where: str) -> Tensor:
-    """Returns what `to_pairs` was given.
-
-    Raises:
-        MismatchError: the rows are not that many heads of an even size.
-    """
-    return _swapped(rows, (heads, _half(rows, heads, where), 2))
-
-
-def _swapped(rows: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    return rows.reshape(*grid, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape).contiguous()
-
-
-def _half(rows: Tensor, heads: int, where: str) -> int:
-    if rows.shape[0] % (2 * heads):
-        raise MismatchError(f"{where}: B has {rows.shape[0]} rows, which are not {heads} rotary heads of an even size")
-    return int(rows.shape[0]) // (2 * heads)

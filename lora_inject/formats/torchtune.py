@@ -19,11 +19,12 @@ from .checks import number, whole
 from .content import CONFIG, Content
 from .factors import Factors
 from .format import Format
-from .pairs import Suffixes, matrices, paired
+from .pairs import Suffixes, paired, rank_of, shapes_of
 from .pieces import cut, joined
 from .refusals import matrices_of, refuse
 from .resolve import Parsed, resolve
-from .text_model import TextModel, text_model, to_halves, to_pairs
+from .rotary import to_halves, to_pairs
+from .text_model import TextModel, text_model
 from .uniform import uniform
 
 SUFFIXES = Suffixes(".lora_a.weight", ".lora_b.weight", {".magnitude": "DoRA's magnitude"})
@@ -121,13 +122,11 @@ class Torchtune(Format):
         stems = paired(content.names, SUFFIXES, content.path)
         rank, alpha = _scale(content)
         layout = _layout(model, content.path)
+        _check_ranks(stems, rank, content)
         tensors = content.read()
         parts: dict[str, Factors] = {}
         for stem in stems:
             a, b = tensors[stem + SUFFIXES.a], tensors[stem + SUFFIXES.b]
-            matrices(stem, a, b, content.path)
-            if a.shape[0] != rank:
-                raise FormatError(f"{content.path}: {stem}: rank {a.shape[0]} in its tensors, r = {rank} in its config")
             parts[stem] = Factors(path=stem, a=a, b=_halves(b, layout.heads(stem), stem), alpha=alpha)
         return resolve(Parsed(path=content.path, factors=_modules(parts, layout, content.path)), model)
 
@@ -148,6 +147,14 @@ class Torchtune(Format):
             tensors[one.path + SUFFIXES.b] = one.b if heads is None else to_pairs(one.b, heads, one.path)
         options = {"r": rank, "lora_alpha": factors[0].alpha}
         return write_tensors(path, tensors, {"format": "pt", OPTIONS: json.dumps(options)})
+
+
+def _check_ranks(stems: Iterable[str], wanted: int, content: Content) -> None:
+    shapes = shapes_of(content)
+    for stem in stems:
+        rank = rank_of(stem, shapes[stem + SUFFIXES.a], shapes[stem + SUFFIXES.b], content.path)
+        if rank != wanted:
+            raise FormatError(f"{content.path}: {stem}: rank {rank} in its tensors, r = {wanted} in its config")
 
 
 def _scale(content: Content) -> tuple[int, float]:
