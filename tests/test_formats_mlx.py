@@ -176,7 +176,10 @@ def test_a_tied_embedding_acts_on_the_head_too(tmp_path):
     assert_bits(read_folder(again)[0], tensors)
 
 
-@pytest.mark.parametrize("targets", [["*.embed_tokens"], ["lm_head"], ["*.embed_tokens", "lm_head"]], ids=str)
+MIXED = ["*.embed_tokens", li.Target("lm_head", dtype=torch.bfloat16)]
+
+
+@pytest.mark.parametrize("targets", [["*.embed_tokens"], ["lm_head"], ["*.embed_tokens", "lm_head"], MIXED], ids=str)
 def test_ends_that_are_tied_and_differ_are_refused(targets, tmp_path):
     model = adapted(causal("llama", tie_word_embeddings=True), targets)
     with pytest.raises(li.UnsupportedError, match="ties them"):
@@ -185,7 +188,7 @@ def test_ends_that_are_tied_and_differ_are_refused(targets, tmp_path):
 
 
 def test_from_file_to_file_without_a_model(tmp_path):
-    model = adapted(causal("llama"), ATTENTION, alpha=6)
+    model = adapted(causal("llama"), [*ATTENTION, "lm_head"], alpha=6)
     folder = li.export(model, tmp_path / "mlx", format="mlx")
     native = write_adapter(read_adapter(folder, None), tmp_path / "native.safetensors", "lora_inject", None)
     again = causal("llama")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError, MismatchError, UnsupportedError
@@ -22,6 +21,7 @@ from .experts import Experts, experts_of
 from .factors import Factors, alpha_for
 from .folder import write_folder, write_text
 from .format import Format
+from .mlx_ends import EMBEDDINGS, with_head, without_head
 from .pairs import Suffixes, paired, rank_of, shapes_of
 from .refusals import matrices_of, refuse
 from .resolve import Parsed, resolve
@@ -30,8 +30,6 @@ from .uniform import uniform
 
 FILE = "adapters.safetensors"
 SUFFIXES = Suffixes(".lora_a", ".lora_b", {".m": "DoRA's magnitude"})
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embedding", "embeddings")
-"""Last names of input embeddings in mlx-lm's models."""
 EXPERTS = {
     "mixtral": "mlp.experts block_sparse_moe.switch_mlp",
     "phimoe": "mlp.experts block_sparse_moe.switch_mlp",
@@ -79,11 +77,11 @@ class Mlx(Format):
                 stacks[stem] = _factors(stem, a, b, settings)
             else:
                 plain.append(_factors(stem, a.t(), b.t(), settings))
-        factors = [*_with_head(plain, model, content.path), *_packed(stacks, model, content.path)]
+        factors = [*with_head(plain, model, content.path), *_packed(stacks, model, content.path)]
         return resolve(Parsed(path=content.path, factors=factors), model)
 
     def write(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
-        factors = _without_head(matrices_of(bundle, "mlx-lm"), model, bundle.path)
+        factors = without_head(matrices_of(bundle, "mlx-lm"), model, bundle.path)
         factors = [piece for one in factors for piece in _stacks(one, model, bundle.path)]
         scale, rank, factors = uniform(factors)
         tensors: dict[str, Tensor] = {}
@@ -191,53 +189,3 @@ def _expert_names(text: TextModel, where: Path) -> tuple[str, str]:
         )
     ours, theirs = EXPERTS[text.family].split()
     return ours, theirs
-
-
-def _with_head(factors: list[Factors], model: nn.Module | None, where: Path) -> list[Factors]:
-    """Returns the updates with one of the output layer where mlx-lm, in a tied model, lets the embedding's act on it.
-
-    There the embedding's matrix is used twice, with its update: Delta W (vocab, dim) = scale * a b for both layers.
-    """
-    text = _tied(factors, model, where)
-    if text is None:
-        return factors
-    lost = [one.path for one in factors if one.kind == "embedding" and one.path != text.embedding]
-    if lost:
-        raise MismatchError(f"{where}: {', '.join(lost)}: the model's embedding is called {text.embedding}")
-    return [*factors, *(_mirrored(one, text.head) for one in factors if one.kind == "embedding")]
-
-
-def _without_head(factors: list[Factors], model: nn.Module | None, where: Path) -> list[Factors]:
-    """Returns the updates without that of a tied output layer, which follows the embedding's in mlx-lm.
-
-    Raises:
-        UnsupportedError: the two are not the same update.
-    """
-    text = _tied(factors, model, where)
-    if text is None:
-        return factors
-    by_path = {one.path: one for one in factors if one.parameter is None}
-    embedding, head = by_path.get(text.embedding), by_path.get(text.head)
-    if (embedding or head) and not _same(embedding and _mirrored(embedding, text.head), head):
-        ends = " and ".join(one.path for one in (embedding, head) if one is not None)
-        refuse(where, "mlx-lm", [f"{ends}: the model ties them, and mlx-lm has one update for both"])
-    return [one for one in factors if one is not head]
-
-
-def _tied(factors: Iterable[Factors], model: nn.Module | None, where: Path) -> TextModel | None:
-    """Returns the model where it ties its embeddings and that may matter."""
-    ends = (*EMBEDDINGS, "lm_head")
-    if not any(one.kind == "embedding" or one.path.rpartition(".")[2] in ends for one in factors):
-        return None
-    text = text_model(model, where, "whether the output layer shares the embedding's weight")
-    return text if text.tied else None
-
-
-def _mirrored(one: Factors, path: str) -> Factors:
-    return replace(one, path=path, a=one.b.t(), b=one.a.t(), kind="linear")
-
-
-def _same(one: Factors | None, other: Factors | None) -> bool:
-    if one is None or other is None:
-        return False
-    return one.scaling == other.scaling and torch.equal(one.a, other.a) and torch.equal(one.b, other.b)
