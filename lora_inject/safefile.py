@@ -119,7 +119,9 @@ def read_header(path: str | os.PathLike[str], limit: int = HEADER_LIMIT) -> Head
         raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not isinstance(raw, dict):
         raise FormatError(f"{path}: header is not a JSON object")
-    metadata = raw.pop("__metadata__", {})
+    metadata = raw.pop("__metadata__", None)
+    # mlx writes null where it has nothing to say.
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{path}: __metadata__ must map strings to strings")
     tensors = {name: _entry(entry, f"{path}: tensor {name!r}") for name, entry in raw.items()}
@@ -185,7 +187,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     Raises:
         FormatError: the folder does not exist or the disk does not take the file; an older file stays as it was.
     """
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    ready = _apart(tensors)
     return write_whole(path, lambda beside: save_file(ready, str(beside), dict(metadata)))
 
 
@@ -207,6 +209,18 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
     finally:
         beside.unlink(missing_ok=True)
     return path
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors on the CPU, those that share memory with another one copied: the library refuses them."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        ready = tensor.detach().cpu().contiguous()
+        place = ready.untyped_storage().data_ptr()
+        found[name] = ready.clone() if place in seen else ready
+        seen.add(place)
+    return found
 
 
 def _sync(path: Path) -> None:

@@ -85,12 +85,17 @@ def look(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Content
             magic = opened.read(4)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from error
-    config = _read_config(file.parent / CONFIG) if path.is_dir() or file.name in TENSOR_FILES[:2] else None
+    config = _read_config(file.parent / CONFIG) if path.is_dir() or _goes_with_config(file) else None
     if magic == b"GGUF":
         return Content(path, file, magic)
     if file.suffix in PICKLES:
         return Content(path, file, magic, config=config, pickled=_unpickle(file, allow_pickle))
     return Content(path, file, magic, read_header(file), config)
+
+
+def _goes_with_config(file: Path) -> bool:
+    """Says whether a file alone belongs to the config beside it: one of PEFT, mlx-lm (numbered too) or torchtune."""
+    return file.name.endswith(TENSOR_FILES[:2]) or (file.suffix in PICKLES and file.name.startswith("adapter"))
 
 
 def _tensor_file(folder: Path, allow_pickle: bool) -> Path:
