@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,29 +24,31 @@ from .orient import inward
 from .prefixes import aligned
 
 
-def same(path: str) -> str:
+def same(path: str) -> Collection[str]:
     """Returns the path itself: the file spells paths as the model does."""
-    return path
+    return (path,)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Parsed:
-    """What a file of another program holds, in its own spelling, every tensor of it in one of the two mappings.
+    """What a file of another program holds, in its own spelling, every tensor of it in one of the three.
 
     Attributes:
         path: the file or folder, for messages.
         factors: the low-rank updates.
         full: trained values that replace a parameter, by the parameter's path.
+        updates: full-size updates that are added to a parameter, by the parameter's path.
         name: the adapter's name.
-        spell: how the file spells the path of a module of the model.
+        spell: the ways in which files of the format may spell the path of a module of the model.
         notes: what the user should know of how the file was understood.
     """
 
     path: Path
     factors: Iterable[Factors]
     full: Mapping[str, Tensor] = field(default_factory=dict)
+    updates: Mapping[str, Tensor] = field(default_factory=dict)
     name: str = "default"
-    spell: Callable[[str], str] = same
+    spell: Callable[[str], Collection[str]] = same
     notes: tuple[str, ...] = ()
 
 
@@ -61,15 +63,15 @@ def resolve(parsed: Parsed, model: nn.Module | None) -> Bundle:
         MismatchError: several modules of the model are spelled like one in the file.
     """
     factors = [one.checked(parsed.path) for one in parsed.factors]
-    if not factors and not parsed.full:
+    if not factors and not parsed.full and not parsed.updates:
         raise FormatError(f"{parsed.path}: the file holds no adapter")
     nodes = {path: node for node in walk(model) for path in node.paths} if model is not None else {}
-    owners = [one.path for one in factors] + [path.rpartition(".")[0] for path in parsed.full]
+    owners = [one.path for one in factors] + [path.rpartition(".")[0] for path in (*parsed.full, *parsed.updates)]
     place, note = _places(parsed, owners, nodes)
     sites: dict[str, SiteRecord] = {}
     entries: dict[str, dict[str, Tensor]] = {}
-    for one in factors:
-        record, tensors = _site(replace(one, path=place(one.path)), nodes)
+    found = [_site(replace(one, path=place(one.path)), nodes) for one in factors]
+    for record, tensors in found + [_whole(_renamed(path, place), update) for path, update in parsed.updates.items()]:
         if record.path in sites:
             raise FormatError(f"{parsed.path}: site {record.path!r} stands twice")
         sites[record.path], entries[record.path] = record, tensors
@@ -77,6 +79,11 @@ def resolve(parsed: Parsed, model: nn.Module | None) -> Bundle:
     sites = {path: described(record, entries[path]) for path, record in sites.items()}
     notes = (*parsed.notes, *([note] if note else []))
     return Bundle(parsed.path, parsed.name, sites, entries, full, notes)
+
+
+def _whole(path: str, update: Tensor) -> tuple[SiteRecord, dict[str, Tensor]]:
+    extras = {"parameter": path.rpartition(".")[2]}
+    return SiteRecord(path, (), "full", SiteConfig(dtype=update.dtype), extras, {}), {"lora_dense": update}
 
 
 def _renamed(parameter: str, place: Callable[[str], str]) -> str:
@@ -90,7 +97,8 @@ def _places(parsed: Parsed, owners: list[str], nodes: Mapping[str, Node]) -> tup
         return same, ""
     spelled: dict[str, list[str]] = defaultdict(list)
     for path in nodes:
-        spelled[parsed.spell(path)].append(path)
+        for name in parsed.spell(path):
+            spelled[name].append(path)
     found = aligned(list(dict.fromkeys(owners)), spelled)
     move, note = found or (same, "")
     clashes = [
