@@ -53,7 +53,9 @@ class Pipeline:
 
 def pipeline(model: nn.Module | None, paths: Iterable[str] = ()) -> Pipeline:
     """Returns how a model divides into components; without a model, how the paths of an adapter do."""
-    names = {path.partition(".")[0] for path in paths} if model is None else {name for name, _ in model.named_children()}
+    names = (
+        {path.partition(".")[0] for path in paths} if model is None else {name for name, _ in model.named_children()}
+    )
     return Pipeline(None if model is None else _called(model), bool(names) and names <= set(COMPONENTS))
 
 

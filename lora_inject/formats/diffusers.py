@@ -81,7 +81,9 @@ def _configs(content: Content) -> dict[str, PeftConfig]:
     configs = {name: parse_config(own, Path(f"{where}: {name}" if name else where)) for name, own in split.items()}
     packed = [name for name, config in configs.items() if config.parameters]
     if packed:
-        raise UnsupportedError(f"{where}: {packed[0]}: target_parameters: pairs of single parameters are read from PEFT's own files")
+        raise UnsupportedError(
+            f"{where}: {packed[0]}: target_parameters: pairs of single parameters are read from PEFT's own files"
+        )
     return configs
 
 
@@ -146,8 +148,8 @@ def _configured(factors: Factors, config: PeftConfig, has_alpha: bool) -> Factor
         FormatError: the metadata contradict the tensors.
     """
     paths = clip_paths(factors.path.removeprefix(f"{component_of(factors.path)}."))
-    rank = next((found for one in paths if (found := config.rank_of(one)) != config.rank), config.rank)
-    alpha = next((found for one in paths if (found := config.alpha_of(one)) != config.alpha), float(config.alpha))
+    rank = next((rank for one in paths if (rank := config.rank_of(one)) != config.rank), config.rank)
+    alpha = next((alpha for one in paths if (alpha := config.alpha_of(one)) != config.alpha), float(config.alpha))
     if rank != factors.rank:
         raise FormatError(f"{config.file}: rank {rank} for {factors.path}, whose tensors have rank {factors.rank}")
     if has_alpha and (alpha != factors.alpha or config.rslora):

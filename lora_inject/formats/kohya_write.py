@@ -30,7 +30,9 @@ def tensors_of(bundle: Bundle, model: nn.Module | None) -> dict[str, Tensor]:
     """
     spelling = Spelling(model, bundle.sites)
     _check(bundle)
-    names = {record.owner(path): spelling.write(record.owner(path), bundle.path) for path, record in bundle.sites.items()}
+    names = {
+        record.owner(path): spelling.write(record.owner(path), bundle.path) for path, record in bundle.sites.items()
+    }
     _check_names(bundle, names, spelling, model)
     modules = {} if model is None else {path: node.module for node in walk(model) for path in node.paths}
     found: dict[str, Tensor] = {}

@@ -156,7 +156,9 @@ def _check_features(raw: Mapping[str, Any], where: str) -> None:
         if key in SILENT or value in (None, False, "") or value == [] or value == {}:
             continue
         feature = FEATURES.get(key, "which this version of lora_inject does not know")
-        raise UnsupportedError(f"{where}: {key} = {str(value)[:80]}: {feature}: the adapter is more than low-rank pairs")
+        raise UnsupportedError(
+            f"{where}: {key} = {str(value)[:80]}: {feature}: the adapter is more than low-rank pairs"
+        )
     init = str(raw.get("init_lora_weights", True)).lower()
     if init.startswith(CHANGES_BASE):
         raise UnsupportedError(

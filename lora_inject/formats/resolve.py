@@ -20,6 +20,7 @@ from ..registry import adapter_for, adapter_for_parameter, by_kind
 from ..tree import Node, walk
 from .bundle import Bundle, described
 from .factors import Factors
+from .fused_names import check_rows, refitted, stand_ins
 from .orient import inward
 from .prefixes import aligned
 
@@ -60,24 +61,28 @@ def resolve(parsed: Parsed, model: nn.Module | None) -> Bundle:
 
     Raises:
         FormatError: factors that do not belong together, or one site twice.
-        MismatchError: several modules of the model are spelled like one in the file.
+        MismatchError: several modules of the model are spelled like one in the file, or a projection that is fused
+            in one of them alone cannot be rewritten.
     """
     factors = [one.checked(parsed.path) for one in parsed.factors]
     if not factors and not parsed.full and not parsed.updates:
         raise FormatError(f"{parsed.path}: the file holds no adapter")
     nodes = {path: node for node in walk(model) for path in node.paths} if model is not None else {}
     owners = [one.path for one in factors] + [path.rpartition(".")[0] for path in (*parsed.full, *parsed.updates)]
-    place, note = _places(parsed, owners, nodes)
+    known = stand_ins(nodes)
+    place, note = _places(parsed, owners, nodes, known)
+    factors, rewritten = refitted([replace(one, path=place(one.path)) for one in factors], known)
+    check_rows([one.path for one in factors], nodes, parsed.path)
     sites: dict[str, SiteRecord] = {}
     entries: dict[str, dict[str, Tensor]] = {}
-    found = [_site(replace(one, path=place(one.path)), nodes) for one in factors]
+    found = [_site(one, nodes) for one in factors]
     for record, tensors in found + [_whole(_renamed(path, place), update) for path, update in parsed.updates.items()]:
         if record.path in sites:
             raise FormatError(f"{parsed.path}: site {record.path!r} stands twice")
         sites[record.path], entries[record.path] = record, tensors
     full = {_renamed(path, place): tensor for path, tensor in parsed.full.items()}
     sites = {path: described(record, entries[path]) for path, record in sites.items()}
-    notes = (*parsed.notes, *([note] if note else []))
+    notes = (*parsed.notes, *([note] if note else []), *rewritten)
     return Bundle(parsed.path, parsed.name, sites, entries, full, notes)
 
 
@@ -91,20 +96,22 @@ def _renamed(parameter: str, place: Callable[[str], str]) -> str:
     return f"{place(owner)}.{name}".lstrip(".")
 
 
-def _places(parsed: Parsed, owners: list[str], nodes: Mapping[str, Node]) -> tuple[Callable[[str], str], str]:
+def _places(
+    parsed: Parsed, owners: list[str], nodes: Mapping[str, Node], known: Collection[str]
+) -> tuple[Callable[[str], str], str]:
     """Returns what turns the file's spelling into the model's paths, and a note where that was not plain."""
     if not nodes:
-        return same, ""
+        return str, ""
     spelled: dict[str, list[str]] = defaultdict(list)
-    for path in nodes:
+    for path in (*nodes, *known):
         for name in parsed.spell(path):
             spelled[name].append(path)
     found = aligned(list(dict.fromkeys(owners)), spelled)
-    move, note = found or (same, "")
+    move, note = found or (str, "")
     clashes = [
         f"{owner}: {' or '.join(spelled[move(owner)])}"
         for owner in dict.fromkeys(owners)
-        if len({id(nodes[path].module) for path in spelled.get(move(owner), ())}) > 1
+        if len({id(nodes[path].module) if path in nodes else path for path in spelled.get(move(owner), ())}) > 1
     ]
     if clashes:
         raise MismatchError(
