@@ -58,8 +58,9 @@ class Kohya(Format):
         modules = _by_module(content)
         numbers = content.numbers(keys[ALPHA] for keys in modules.values() if ALPHA in keys)
         tensors = content.read(key for keys in modules.values() for what, key in keys.items() if what != ALPHA)
-        notes = _metadata_notes(content, modules, tensors)
         pairs = {module: keys for module, keys in modules.items() if DOWN in keys}
+        factors = [_factors(content, module, keys, tensors, numbers) for module, keys in pairs.items()]
+        notes = _metadata_notes(content, modules, tensors)
         merged = sorted(module for module, keys in pairs.items() if MID in keys)
         if merged:
             notes.append(
@@ -70,7 +71,7 @@ class Kohya(Format):
         _check_component(content, modules, spelling, model)
         parsed = Parsed(
             path=content.path,
-            factors=[_factors(content, module, keys, tensors, numbers) for module, keys in pairs.items()],
+            factors=factors,
             updates={
                 f"{module}.{WHOLE[what]}": tensors[key]
                 for module, keys in modules.items()
@@ -162,7 +163,7 @@ def _metadata_notes(content: Content, modules: Modules, tensors: Mapping[str, Te
     """Returns a note where the metadata say another rank than the tensors; these are right."""
     said = content.metadata.get("ss_network_dim", "")
     linear = [tensors[keys[DOWN]] for keys in modules.values() if DOWN in keys and MID not in keys]
-    ranks = sorted({tensor.shape[0] for tensor in linear if tensor.dim() and tensor[0].numel() == tensor[0].shape[0]})
+    ranks = sorted({tensor.shape[0] for tensor in linear if tensor[0].numel() == tensor.shape[1]})
     if not said.isdecimal() or not ranks or [int(said[:9])] == ranks:
         return []
     return [f"the metadata say rank {said[:9]} (ss_network_dim), the tensors have {', '.join(map(str, ranks[:8]))}"]
