@@ -218,7 +218,9 @@ def test_any_scaling_comes_back(tmp_path, scaling):
     li.load(fresh, li.export(fill(model), tmp_path / "a", format="kohya"))
     (one,), (other,) = li.adapters(model), li.adapters(fresh)
     assert abs(other.adapter.scaling - one.adapter.scaling) <= 2**-52 * one.adapter.scaling
-    assert torch.equal(other.adapter.lora_A, one.adapter.lora_A) and torch.equal(other.adapter.lora_B, one.adapter.lora_B)
+    assert torch.equal(other.adapter.lora_A, one.adapter.lora_A) and torch.equal(
+        other.adapter.lora_B, one.adapter.lora_B
+    )
 
 
 def test_names_that_fit_two_modules_are_reported(tmp_path):

@@ -143,9 +143,10 @@ def split(one: Factors, stand_in: StandIn) -> list[Factors]:
             f"{one.path}: B {tuple(one.b.shape)} in the file; {', '.join(fusion.parts)} of the model have "
             f"{' + '.join(map(str, rows))} rows: the rows of one are not those of the other"
         )
-    biases = [None] * len(rows) if one.bias is None else list(torch.split(one.bias, rows))
+    biases = [None] * len(rows) if one.bias is None else [bias.clone() for bias in torch.split(one.bias, rows)]
+    # Copies, because a file of safetensors does not take two tensors in the same memory.
     return [
-        replace(one, path=_under(stand_in.owner, part), b=b.contiguous(), bias=bias)
+        replace(one, path=_under(stand_in.owner, part), a=one.a.clone(), b=b.clone(), bias=bias)
         for part, b, bias in zip(fusion.parts, torch.split(one.b, rows), biases, strict=True)
     ]
 
