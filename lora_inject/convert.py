@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .adapter_file import SiteRecord
 from .checkpoint.base import read_base
 from .checkpoint.model_names import ModelNames
 from .checkpoint.weights import materialised
+from .diffusion_models import build_diffusion, is_diffusion
 from .errors import MismatchError, StateError, listing
 from .fingerprint import fingerprint
 from .formats import FORMATS, Bundle
@@ -82,7 +85,7 @@ def convert(
         to: name of the format to write.
         model: the base, where names, head counts or weights of it are needed: the folder of a transformers model, with
             or without weights. With weights, fingerprints are checked, or made where the source has none; weights are
-            read one at a time.
+            read one at a time. Or the folder of a model or a pipeline of diffusers, whose weights are not read.
         check_base: False accepts a base that the adapter was not trained on.
         allow_pickle: read `.bin` and `.pt` files too, with torch's loader of weights alone.
         overwrite: replace what lies at `target`.
@@ -98,7 +101,7 @@ def convert(
     if place.exists() and not overwrite:
         raise StateError(f"{place} exists: choose another name, or pass overwrite=True (--overwrite)")
     names = _names(model)
-    skeleton = names.model if names is not None else None if model is None else build_on_meta(str(model))
+    skeleton = names.model if names is not None else None if model is None else _skeleton(Path(model))
     reader, content = recognise(FORMATS, source, allow_pickle=allow_pickle)
     bundle = loaded(reader.read(content, skeleton))
     if names is not None:
@@ -113,10 +116,14 @@ def convert(
     return Conversion(str(source), str(written), reader.name, writer.name, low_rank, len(whole), base, bundle.notes)
 
 
+def _skeleton(model: Path) -> nn.Module:
+    return build_diffusion(model) if is_diffusion(model) else build_on_meta(str(model))
+
+
 def _names(model: str | os.PathLike[str] | None) -> ModelNames | None:
     """Returns the names of the checkpoint in a model's folder, or None where there are no weights."""
     folder = None if model is None else Path(model)
-    if folder is None or not any(folder.glob("*.safetensors")):
+    if folder is None or not any(folder.glob("*.safetensors")) or is_diffusion(folder):
         return None
     return ModelNames(read_base(folder))
 

@@ -286,3 +286,45 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path, model, target, options
     with pytest.raises(li.UnsupportedError, match=why):
         li.export(model, tmp_path / "a", format="kohya")
     assert not list(tmp_path.iterdir())
+
+
+def test_files_are_converted_by_the_configs_of_a_pipeline(tmp_path):
+    """Paths come from the configs alone; a component that the pipeline lacks is not asked for."""
+    base = tmp_path / "base"
+    unet().save_config(base / "unet")
+    clip().config.save_pretrained(base / "text_encoder")
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    index |= {"text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": [None, None]}
+    (base / "model_index.json").write_text(json.dumps(index))
+    model = nn.ModuleDict({"unet": unet(), "text_encoder": clip()})
+    li.inject(model, ["*.to_q", "*.conv1", "*.q_proj"], rank=3, alpha=5)
+    first = li.export(fill(model), tmp_path / "a.safetensors", format="kohya")
+    done = li.convert(first, tmp_path / "b.safetensors", "diffusers", model=base)
+    assert (done.read, done.written, done.sites) == ("kohya", "diffusers", len(list(li.adapters(model))))
+    last = li.convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya", model=base).target
+    found, want = load_file(last), load_file(first)
+    assert found.keys() == want.keys() and all(torch.equal(found[key], want[key]) for key in want)
+    alone = unet()
+    li.inject(alone, "*.to_q", rank=2)
+    second = li.export(fill(alone), tmp_path / "d.safetensors", format="kohya")
+    li.convert(second, tmp_path / "e.safetensors", "lora_inject", model=base / "unet")
+    fresh = unet()
+    li.load(fresh, tmp_path / "e.safetensors")
+    assert_same_adapters(fresh, alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("config.json", {"_class_name": "os"}, "has no model 'os'"),
+        ("config.json", {"_class_name": "UNet2DConditionModel", "layers_per_block": "x"}, "cannot build"),
+        ("model_index.json", {"_class_name": "P", "vae": ["diffusers", "AutoencoderKL"]}, "none of the components"),
+        ("model_index.json", [], "must hold a JSON object"),
+    ],
+)
+def test_configs_that_name_no_model_are_refused(tmp_path, name, content, why):
+    saved(tmp_path / "a.safetensors", "lora_unet_to_q", PAIR)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / name).write_text(json.dumps(content))
+    with pytest.raises(li.LoraInjectError, match=why):
+        li.convert(tmp_path / "a.safetensors", tmp_path / "b", "diffusers", model=tmp_path / "base")
