@@ -101,7 +101,7 @@ def convert(
     if place.exists() and not overwrite:
         raise StateError(f"{place} exists: choose another name, or pass overwrite=True (--overwrite)")
     names = _names(model)
-    skeleton = names.model if names is not None else None if model is None else _skeleton(Path(model))
+    skeleton = names.model if names is not None else None if model is None else _skeleton(model)
     reader, content = recognise(FORMATS, source, allow_pickle=allow_pickle)
     bundle = loaded(reader.read(content, skeleton))
     if names is not None:
@@ -116,8 +116,8 @@ def convert(
     return Conversion(str(source), str(written), reader.name, writer.name, low_rank, len(whole), base, bundle.notes)
 
 
-def _skeleton(model: Path) -> nn.Module:
-    return build_diffusion(model) if is_diffusion(model) else build_on_meta(str(model))
+def _skeleton(model: str | os.PathLike[str]) -> nn.Module:
+    return build_diffusion(Path(model)) if is_diffusion(Path(model)) else build_on_meta(str(model))
 
 
 def _names(model: str | os.PathLike[str] | None) -> ModelNames | None:

@@ -68,12 +68,13 @@ def _model(folder: Path) -> nn.Module:
             f"{folder}: a model of diffusers, which is not installed: pip install diffusers"
         ) from None
     name = str(config.get(CLASS))
-    found: Any = getattr(diffusers, name, None)
+    found = getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
         raise UnsupportedError(f"{folder}: diffusers {diffusers.__version__} has no model {name!r}: upgrade diffusers")
+    build: Any = found.from_config
     try:
         with torch.device("meta"):
-            built: nn.Module = found.from_config(dict(config))
+            built: nn.Module = build(dict(config))
     except Exception as error:
         brief = " ".join(str(error).split())[:300]
         raise FormatError(f"{folder}: diffusers cannot build the model of its config: {brief}") from error

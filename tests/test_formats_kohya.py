@@ -223,6 +223,13 @@ def test_any_scaling_comes_back(tmp_path, scaling):
     )
 
 
+def test_names_of_the_original_code_of_flux_are_refused(tmp_path):
+    pair = {"lora_down.weight": torch.ones(2, 16), "lora_up.weight": torch.ones(48, 2)}
+    path = saved(tmp_path / "a", "lora_unet_double_blocks_0_img_attn_qkv", pair)
+    with pytest.raises(li.UnsupportedError, match=r"original code of Flux.*\n  lora_unet_double_blocks_0_img_attn_qkv"):
+        li.load(flux(), path)
+
+
 def test_names_that_fit_two_modules_are_reported(tmp_path):
     class Clash(nn.Module):
         def __init__(self) -> None:

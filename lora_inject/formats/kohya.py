@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -37,6 +38,8 @@ FEATURES = {
     "on_input": "(IA)^3's factors",
 }
 
+ORIGINAL = re.compile(r"^lora_unet_(double_blocks|single_blocks|joint_blocks)_\d")
+
 Modules = Mapping[str, Mapping[str, str]]
 """Keys of the file by the module's name in it, then by what they hold."""
 
@@ -68,7 +71,7 @@ class Kohya(Format):
                 "and rounded once"
             )
         spelling = Spelling(model)
-        _check_component(content, modules, spelling, model)
+        _check_names(content, modules, spelling, model)
         parsed = Parsed(
             path=content.path,
             factors=factors,
@@ -169,7 +172,15 @@ def _metadata_notes(content: Content, modules: Modules, tensors: Mapping[str, Te
     return [f"the metadata say rank {said[:9]} (ss_network_dim), the tensors have {', '.join(map(str, ranks[:8]))}"]
 
 
-def _check_component(content: Content, modules: Iterable[str], spelling: Spelling, model: nn.Module) -> None:
+def _check_names(content: Content, modules: Iterable[str], spelling: Spelling, model: nn.Module) -> None:
+    """Refuses names that fit by accident, and those of another code than the model's."""
+    known = {name for node in walk(model) for path in node.paths for name in spelling(path)}
     if not spelling.parts.several:
-        known = {name for node in walk(model) for path in node.paths for name in spelling(path)}
         check_one(content.path, {f"{prefix_of(module)}_..." for module in modules if module in known})
+    original = [module for module in modules if ORIGINAL.search(module) and module not in known]
+    if original:
+        raise UnsupportedError(
+            f"{content.path}: {len(original)} names are those of the original code of Flux or Stable Diffusion 3, which "
+            f"divides its blocks otherwise than this model:\n{listing(original)}\nLoad the file with diffusers "
+            "(load_lora_weights), save it there (save_lora_weights), and read that file."
+        )
