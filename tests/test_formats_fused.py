@@ -25,7 +25,8 @@ from transformers import (
 
 import lora_inject as li
 from lora_inject.formats.factors import Factors
-from lora_inject.formats.fused_names import FUSIONS, refitted, stand_ins
+from lora_inject.formats.fused_names import refitted
+from lora_inject.formats.fusions import FUSIONS, stand_ins
 from lora_inject.formats.native import LoraInject
 from lora_inject.formats.orient import outward
 from lora_inject.formats.resolve import Parsed, resolve
@@ -263,6 +264,15 @@ def test_the_whole_and_a_part_of_it_in_one_file_are_one_site_twice():
     factors = [pair(f"{owner}.qkv_proj", 32, 16, 0), pair(f"{owner}.q_proj", 16, 16, 1)]
     with pytest.raises(li.FormatError, match="stands twice"):
         resolve(Parsed(path=Path("a file"), factors=factors), phi3())
+
+
+def test_parts_that_cannot_be_joined_are_refused():
+    owner, model = "model.layers.0.self_attn", phi3()
+    q, k = pair(f"{owner}.q_proj", 16, 16, 0), pair(f"{owner}.k_proj", 8, 12, 0)
+    tall = Factors(path=q.path, a=q.a[:, :, None, None], b=q.b[:, :, None, None], alpha=1.0)
+    for factors, why in (([q, k], "one and the same input"), ([tall], "must be matrices"), ([q, q], "stands twice")):
+        with pytest.raises(li.FormatError, match=why):
+            resolve(Parsed(path=Path("a file"), factors=factors), model)
 
 
 def test_own_paths_of_the_model_are_left_alone():

@@ -63,13 +63,6 @@ class Kohya(Format):
         tensors = content.read(key for keys in modules.values() for what, key in keys.items() if what != ALPHA)
         pairs = {module: keys for module, keys in modules.items() if DOWN in keys}
         factors = [_factors(content, module, keys, tensors, numbers) for module, keys in pairs.items()]
-        notes = _metadata_notes(content, modules, tensors)
-        merged = sorted(module for module, keys in pairs.items() if MID in keys)
-        if merged:
-            notes.append(
-                f"{len(merged)} Tucker decompositions were rewritten as pairs: lora_mid times lora_down, in float64 "
-                "and rounded once"
-            )
         spelling = Spelling(model)
         _check_names(content, modules, spelling, model)
         parsed = Parsed(
@@ -82,7 +75,7 @@ class Kohya(Format):
                 if what in WHOLE
             },
             spell=spelling,
-            notes=tuple(notes),
+            notes=tuple(_notes(content, modules, tensors)),
         )
         return resolve(parsed, model)
 
@@ -162,14 +155,20 @@ def _merged(content: Content, module: str, down: Tensor, mid: Tensor, up: Tensor
     return product.to(torch.promote_types(mid.dtype, down.dtype))
 
 
-def _metadata_notes(content: Content, modules: Modules, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Returns a note where the metadata say another rank than the tensors; these are right."""
+def _notes(content: Content, modules: Modules, tensors: Mapping[str, Tensor]) -> Iterable[str]:
+    """Yields what was rewritten, and where the metadata say another rank than the tensors; these are right."""
+    tucker = sum(MID in keys for keys in modules.values())
+    if tucker:
+        yield (
+            f"{tucker} Tucker decompositions were rewritten as pairs: lora_mid times lora_down, in float64 and rounded "
+            "once"
+        )
     said = content.metadata.get("ss_network_dim", "")
     linear = [tensors[keys[DOWN]] for keys in modules.values() if DOWN in keys and MID not in keys]
     ranks = sorted({tensor.shape[0] for tensor in linear if tensor[0].numel() == tensor.shape[1]})
-    if not said.isdecimal() or not ranks or [int(said[:9])] == ranks:
-        return []
-    return [f"the metadata say rank {said[:9]} (ss_network_dim), the tensors have {', '.join(map(str, ranks[:8]))}"]
+    if said.isdecimal() and ranks and [int(said[:9])] != ranks:
+        have = ", ".join(map(str, ranks[:8]))
+        yield f"the metadata say rank {said[:9]} (ss_network_dim), the tensors have {have}"
 
 
 def _check_names(content: Content, modules: Iterable[str], spelling: Spelling, model: nn.Module) -> None:
@@ -180,7 +179,7 @@ def _check_names(content: Content, modules: Iterable[str], spelling: Spelling, m
     original = [module for module in modules if ORIGINAL.search(module) and module not in known]
     if original:
         raise UnsupportedError(
-            f"{content.path}: {len(original)} names are those of the original code of Flux or Stable Diffusion 3, which "
-            f"divides its blocks otherwise than this model:\n{listing(original)}\nLoad the file with diffusers "
+            f"{content.path}: {len(original)} names are those of the original code of Flux or Stable Diffusion 3, "
+            f"whose blocks are other ones than this model's:\n{listing(original)}\nLoad the file with diffusers "
             "(load_lora_weights), save it there (save_lora_weights), and read that file."
         )

@@ -20,7 +20,8 @@ from ..registry import adapter_for, adapter_for_parameter, by_kind
 from ..tree import Node, walk
 from .bundle import Bundle, described
 from .factors import Factors
-from .fused_names import check_rows, refitted, stand_ins
+from .fused_names import refitted
+from .fusions import check_rows, stand_ins
 from .orient import inward
 from .prefixes import aligned
 
