@@ -104,6 +104,8 @@ def convert(
     skeleton = names.model if names is not None else None if model is None else _skeleton(model)
     reader, content = recognise(FORMATS, source, allow_pickle=allow_pickle)
     bundle = loaded(reader.read(content, skeleton))
+    if skeleton is not None:
+        _check_paths(bundle, skeleton)
     if names is not None:
         bundle = _identified(bundle, names, check_base)
     whole = (*bundle.full, *(path for path, record in bundle.sites.items() if record.kind == KIND))
@@ -114,6 +116,19 @@ def convert(
     base = "unknown" if names is None else "checked" if check_base else "not checked"
     low_rank = len(bundle.sites) + len(bundle.full) - len(whole)
     return Conversion(str(source), str(written), reader.name, writer.name, low_rank, len(whole), base, bundle.notes)
+
+
+def _check_paths(bundle: Bundle, model: nn.Module) -> None:
+    """Refuses sites that the model lacks: their names would be written as they stand, for another model."""
+    known = {path for node in walk(model) for path in node.paths}
+    missing = [path for path, record in bundle.sites.items() if record.owner(path) not in known]
+    missing += [path for path in bundle.full if path.rpartition(".")[0] not in known]
+    if missing:
+        count = len(bundle.sites) + len(bundle.full)
+        raise MismatchError(
+            f"{bundle.path}: the model has no module for {len(missing)} of {count} sites:\n"
+            f"{listing(missing)}\nName the model that the adapter was made for."
+        )
 
 
 def _skeleton(model: str | os.PathLike[str]) -> nn.Module:

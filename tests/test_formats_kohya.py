@@ -258,6 +258,14 @@ BROKEN = {
     "alpha nan": (PAIR | {"alpha": torch.tensor(float("nan"))}, "not a finite number"),
     "one axis": (PAIR | {"lora_down.weight": torch.ones(2)}, "two axes"),
     "ranks": (PAIR | {"lora_down.weight": torch.ones(3, 6)}, "do not share a rank"),
+    "bomb": (
+        {
+            "lora_down.weight": torch.ones(1, 9999, 1, 1),
+            "lora_mid.weight": torch.ones(1, 1, 999, 999),
+            "lora_up.weight": torch.ones(5, 1),
+        },
+        r"shape \(5, 9999, 999, 999\) for Linear",
+    ),
     "no tucker": (PAIR | {"lora_mid.weight": torch.ones(3, 2, 3, 3)}, "no Tucker"),
     "nan": (PAIR | {"lora_up.weight": torch.full((5, 2), float("inf"))}, "NaN or infinity"),
     "shape": (PAIR | {"lora_up.weight": torch.ones(4, 2)}, "wanted by the model"),
@@ -318,6 +326,9 @@ def test_files_are_converted_by_the_configs_of_a_pipeline(tmp_path):
     fresh = unet()
     li.load(fresh, tmp_path / "e.safetensors")
     assert_same_adapters(fresh, alone)
+    with pytest.raises(li.MismatchError, match=r"no module for 2 of \d+ sites:\n  lora_te_text_model"):
+        li.convert(first, tmp_path / "f.safetensors", "diffusers", model=base / "unet")
+    assert not (tmp_path / "f.safetensors").exists()
 
 
 @pytest.mark.parametrize(

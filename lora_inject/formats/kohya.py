@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import FormatError, UnsupportedError, listing
+from ..errors import FormatError, MismatchError, UnsupportedError, listing
+from ..host import base_tensor
 from ..safefile import write_tensors
 from ..tree import walk
 from .bundle import Bundle, Source
@@ -62,9 +63,15 @@ class Kohya(Format):
         numbers = content.numbers(keys[ALPHA] for keys in modules.values() if ALPHA in keys)
         tensors = content.read(key for keys in modules.values() for what, key in keys.items() if what != ALPHA)
         pairs = {module: keys for module, keys in modules.items() if DOWN in keys}
-        factors = [_factors(content, module, keys, tensors, numbers) for module, keys in pairs.items()]
         spelling = Spelling(model)
-        _check_names(content, modules, spelling, model)
+        hosts = {name: node.module for node in walk(model) for path in node.paths for name in spelling(path)}
+        _check_names(content, modules, spelling, hosts)
+        tensors |= {
+            keys[DOWN]: _merged(content, module, [tensors[keys[part]] for part in (DOWN, MID, UP)], hosts.get(module))
+            for module, keys in pairs.items()
+            if MID in keys
+        }
+        factors = [_factors(content, module, keys, tensors, numbers) for module, keys in pairs.items()]
         parsed = Parsed(
             path=content.path,
             factors=factors,
@@ -131,8 +138,6 @@ def _factors(
     down, up = tensors[keys[DOWN]], tensors[keys[UP]]
     if min(down.dim(), up.dim()) < 2:
         raise FormatError(f"{content.path}: {module}: lora_down and lora_up must have two axes or more")
-    if MID in keys:
-        down = _merged(content, module, down, tensors[keys[MID]], up)
     alpha = numbers[keys[ALPHA]] if ALPHA in keys else float(down.shape[0])
     if alpha == 0:
         raise FormatError(
@@ -142,14 +147,27 @@ def _factors(
     return Factors(path=module, a=down, b=up, alpha=alpha, kind="linear" if down.dim() == 2 else "conv")
 
 
-def _merged(content: Content, module: str, down: Tensor, mid: Tensor, up: Tensor) -> Tensor:
-    """Returns lora_mid times lora_down: Delta W[o, c, ...] = sum_ij up[o, i] mid[i, j, ...] down[j, c]."""
-    rank = down.shape[0]
-    fits = mid.dim() > 2 and tuple(mid.shape[:2]) == (rank, rank) and up.shape[1] == rank
-    if not fits or down[0, 0].numel() != 1:
+def _merged(content: Content, module: str, parts: Sequence[Tensor], host: nn.Module | None) -> Tensor:
+    """Returns lora_mid times lora_down: Delta W[o, c, ...] = sum_ij up[o, i] mid[i, j, ...] down[j, c].
+
+    Where the model has no such module, which is said later or not wanted, lora_down as it is. The product can be far
+    larger than the file, so that its shape is compared with the weight's before it is taken.
+    """
+    down, mid, up = parts
+    rank = down.shape[0] if down.dim() else 0
+    fits = mid.dim() > 2 and tuple(mid.shape[:2]) == (rank, rank) and up.dim() > 1 and up.shape[1] == rank
+    if not fits or down.dim() < 2 or down[0].numel() != down.shape[1]:
         raise FormatError(
             f"{content.path}: {module}: lora_down {tuple(down.shape)}, lora_mid {tuple(mid.shape)} and lora_up "
             f"{tuple(up.shape)} are no Tucker decomposition"
+        )
+    if host is None:
+        return down
+    weight, found = base_tensor(host, "weight"), (up.shape[0], down.shape[1], *mid.shape[2:])
+    if weight is None or tuple(weight.shape) != found:
+        raise MismatchError(
+            f"{content.path}: {module}: a Tucker decomposition of shape {found} for {type(host).__name__} with "
+            f"{'no weight' if weight is None else f'a weight of shape {tuple(weight.shape)}'}"
         )
     product = torch.einsum("ij...,jc->ic...", mid.double(), down.double().flatten(1))
     return product.to(torch.promote_types(mid.dtype, down.dtype))
@@ -171,9 +189,8 @@ def _notes(content: Content, modules: Modules, tensors: Mapping[str, Tensor]) ->
         yield f"the metadata say rank {said[:9]} (ss_network_dim), the tensors have {have}"
 
 
-def _check_names(content: Content, modules: Iterable[str], spelling: Spelling, model: nn.Module) -> None:
+def _check_names(content: Content, modules: Iterable[str], spelling: Spelling, known: Collection[str]) -> None:
     """Refuses names that fit by accident, and those of another code than the model's."""
-    known = {name for node in walk(model) for path in node.paths for name in spelling(path)}
     if not spelling.parts.several:
         check_one(content.path, {f"{prefix_of(module)}_..." for module in modules if module in known})
     original = [module for module in modules if ORIGINAL.search(module) and module not in known]
