@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .adapter_file import SiteRecord
 from .checkpoint.base import read_base
 from .checkpoint.model_names import ModelNames
 from .checkpoint.weights import materialised
+from .diffusion_models import build_diffusion, is_diffusion
 from .errors import MismatchError, StateError, listing
 from .fingerprint import fingerprint
 from .formats import FORMATS, Bundle
@@ -82,7 +85,7 @@ def convert(
         to: name of the format to write.
         model: the base, where names, head counts or weights of it are needed: the folder of a transformers model, with
             or without weights. With weights, fingerprints are checked, or made where the source has none; weights are
-            read one at a time.
+            read one at a time. Or the folder of a model or a pipeline of diffusers, whose weights are not read.
         check_base: False accepts a base that the adapter was not trained on.
         allow_pickle: read `.bin` and `.pt` files too, with torch's loader of weights alone.
         overwrite: replace what lies at `target`.
@@ -98,9 +101,11 @@ def convert(
     if place.exists() and not overwrite:
         raise StateError(f"{place} exists: choose another name, or pass overwrite=True (--overwrite)")
     names = _names(model)
-    skeleton = names.model if names is not None else None if model is None else build_on_meta(str(model))
+    skeleton = names.model if names is not None else None if model is None else _skeleton(model)
     reader, content = recognise(FORMATS, source, allow_pickle=allow_pickle)
     bundle = loaded(reader.read(content, skeleton))
+    if skeleton is not None:
+        _check_paths(bundle, skeleton)
     if names is not None:
         bundle = _identified(bundle, names, check_base)
     whole = (*bundle.full, *(path for path, record in bundle.sites.items() if record.kind == KIND))
@@ -113,10 +118,27 @@ def convert(
     return Conversion(str(source), str(written), reader.name, writer.name, low_rank, len(whole), base, bundle.notes)
 
 
+def _check_paths(bundle: Bundle, model: nn.Module) -> None:
+    """Refuses sites that the model lacks: their names would be written as they stand, for another model."""
+    known = {path for node in walk(model) for path in node.paths}
+    missing = [path for path, record in bundle.sites.items() if record.owner(path) not in known]
+    missing += [path for path in bundle.full if path.rpartition(".")[0] not in known]
+    if missing:
+        count = len(bundle.sites) + len(bundle.full)
+        raise MismatchError(
+            f"{bundle.path}: the model has no module for {len(missing)} of {count} sites:\n"
+            f"{listing(missing)}\nName the model that the adapter was made for."
+        )
+
+
+def _skeleton(model: str | os.PathLike[str]) -> nn.Module:
+    return build_diffusion(Path(model)) if is_diffusion(Path(model)) else build_on_meta(str(model))
+
+
 def _names(model: str | os.PathLike[str] | None) -> ModelNames | None:
     """Returns the names of the checkpoint in a model's folder, or None where there are no weights."""
     folder = None if model is None else Path(model)
-    if folder is None or not any(folder.glob("*.safetensors")):
+    if folder is None or not any(folder.glob("*.safetensors")) or is_diffusion(folder):
         return None
     return ModelNames(read_base(folder))
 

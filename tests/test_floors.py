@@ -25,7 +25,7 @@ FLOORS = [
     {"merging"},
     {"merge"},
     {"surgery", "switches", "verify", "state"},
-    {"loading"},
+    {"loading", "diffusion_models"},
     {"checkpoint.*"},
     {"convert", "report.*", "algebra.*"},
     {"inspection"},
@@ -49,6 +49,7 @@ HEAVY = (
     "click",
     "torchao",
     "bitsandbytes",
+    "diffusers",
 )
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
 FILES = {name.removesuffix(".__init__") if name != "__init__" else "": path for name, path in FILES.items()}

@@ -217,7 +217,7 @@ def test_whole_parameters_become_updates_with_a_model_and_values_again(tmp_path)
 def test_one_site_twice_and_names_that_fit_two_modules_are_refused():
     pair = {"a": torch.randn(2, 4), "b": torch.randn(4, 2), "alpha": 2.0}
     model = nn.ModuleDict({"a_b": nn.ModuleDict({"c": nn.Linear(4, 4)}), "a": nn.ModuleDict({"b_c": nn.Linear(4, 4)})})
-    flat = Parsed(path=Path("f"), factors=[Factors(path="a_b_c", **pair)], spell=lambda path: path.replace(".", "_"))
+    flat = Parsed(path=Path("f"), factors=[Factors(path="a_b_c", **pair)], spell=lambda path: [path.replace(".", "_")])
     with pytest.raises(li.MismatchError, match=r"a_b_c: a_b\.c or a\.b_c"):
         resolve(flat, model)
     twice = Parsed(path=Path("f"), factors=[Factors(path="a.b_c", **pair)] * 2)

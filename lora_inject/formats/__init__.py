@@ -9,13 +9,15 @@ from pathlib import Path
 from torch import nn
 
 from .bundle import Bundle, Source
+from .diffusers import Diffusers
 from .format import Format, format_named, recognise
 from .gguf import Gguf
+from .kohya import Kohya
 from .mlx import Mlx
 from .native import LoraInject
 from .torchtune import Torchtune
 
-FORMATS: tuple[Format, ...] = (LoraInject(), Mlx(), Torchtune(), Gguf())
+FORMATS: tuple[Format, ...] = (LoraInject(), Mlx(), Torchtune(), Gguf(), Kohya(), Diffusers())
 """All formats, asked in this order whether they recognise a file."""
 
 __all__ = ["FORMATS", "Bundle", "Source", "read_adapter", "write_adapter"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 from collections.abc import Iterable, Mapping
@@ -58,14 +59,31 @@ class Content:
         Raises:
             FormatError: the file cannot be read any more, or a tensor is no floating-point one or not finite.
         """
-        wanted = self.names if names is None else list(names)
-        found = {n: self.pickled[n] for n in wanted} if self.header is None else read_tensors(self.header, wanted)
+        found = self._raw(self.names if names is None else list(names))
         for name, tensor in found.items():
             if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
                 raise FormatError(f"{self.file}: {name}: dtype {tensor.dtype} is none of an adapter's tensor")
             if not torch.isfinite(tensor).all():
                 raise FormatError(f"{self.file}: {name}: holds NaN or infinity: the adapter is broken, train it again")
         return found
+
+    def numbers(self, names: Iterable[str]) -> dict[str, float]:
+        """Returns the named tensors of one element each, of whatever real dtype, as numbers.
+
+        Raises:
+            FormatError: the file cannot be read any more, or a tensor is no single finite number.
+        """
+        numbers: dict[str, float] = {}
+        for name, tensor in self._raw(list(names)).items():
+            if tensor.numel() != 1 or tensor.is_complex() or tensor.dtype == torch.bool:
+                raise FormatError(f"{self.file}: {name}: shape {tuple(tensor.shape)} in {tensor.dtype}: no number")
+            numbers[name] = float(tensor.item())
+            if not math.isfinite(numbers[name]):
+                raise FormatError(f"{self.file}: {name}: {numbers[name]} is not a finite number")
+        return numbers
+
+    def _raw(self, names: list[str]) -> dict[str, Tensor]:
+        return {n: self.pickled[n] for n in names} if self.header is None else read_tensors(self.header, names)
 
 
 def look(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Content:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,33 +20,37 @@ from ..registry import adapter_for, adapter_for_parameter, by_kind
 from ..tree import Node, walk
 from .bundle import Bundle, described
 from .factors import Factors
+from .fused_names import refitted
+from .fusions import check_rows, stand_ins
 from .orient import inward
 from .prefixes import aligned
 
 
-def same(path: str) -> str:
+def same(path: str) -> Collection[str]:
     """Returns the path itself: the file spells paths as the model does."""
-    return path
+    return (path,)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Parsed:
-    """What a file of another program holds, in its own spelling, every tensor of it in one of the two mappings.
+    """What a file of another program holds, in its own spelling, every tensor of it in one of the three.
 
     Attributes:
         path: the file or folder, for messages.
         factors: the low-rank updates.
         full: trained values that replace a parameter, by the parameter's path.
+        updates: full-size updates that are added to a parameter, by the parameter's path.
         name: the adapter's name.
-        spell: how the file spells the path of a module of the model.
+        spell: the ways in which files of the format may spell the path of a module of the model.
         notes: what the user should know of how the file was understood.
     """
 
     path: Path
     factors: Iterable[Factors]
     full: Mapping[str, Tensor] = field(default_factory=dict)
+    updates: Mapping[str, Tensor] = field(default_factory=dict)
     name: str = "default"
-    spell: Callable[[str], str] = same
+    spell: Callable[[str], Collection[str]] = same
     notes: tuple[str, ...] = ()
 
 
@@ -58,25 +62,34 @@ def resolve(parsed: Parsed, model: nn.Module | None) -> Bundle:
 
     Raises:
         FormatError: factors that do not belong together, or one site twice.
-        MismatchError: several modules of the model are spelled like one in the file.
+        MismatchError: several modules of the model are spelled like one in the file, or a projection that is fused
+            in one of them alone cannot be rewritten.
     """
     factors = [one.checked(parsed.path) for one in parsed.factors]
-    if not factors and not parsed.full:
+    if not factors and not parsed.full and not parsed.updates:
         raise FormatError(f"{parsed.path}: the file holds no adapter")
     nodes = {path: node for node in walk(model) for path in node.paths} if model is not None else {}
-    owners = [one.path for one in factors] + [path.rpartition(".")[0] for path in parsed.full]
-    place, note = _places(parsed, owners, nodes)
+    owners = [one.path for one in factors] + [path.rpartition(".")[0] for path in (*parsed.full, *parsed.updates)]
+    known = stand_ins(nodes)
+    place, note = _places(parsed, owners, nodes, known)
+    factors, rewritten = refitted([replace(one, path=place(one.path)) for one in factors], known)
+    check_rows([one.path for one in factors], nodes, parsed.path)
     sites: dict[str, SiteRecord] = {}
     entries: dict[str, dict[str, Tensor]] = {}
-    for one in factors:
-        record, tensors = _site(replace(one, path=place(one.path)), nodes)
+    found = [_site(one, nodes) for one in factors]
+    for record, tensors in found + [_whole(_renamed(path, place), update) for path, update in parsed.updates.items()]:
         if record.path in sites:
             raise FormatError(f"{parsed.path}: site {record.path!r} stands twice")
         sites[record.path], entries[record.path] = record, tensors
     full = {_renamed(path, place): tensor for path, tensor in parsed.full.items()}
     sites = {path: described(record, entries[path]) for path, record in sites.items()}
-    notes = (*parsed.notes, *([note] if note else []))
+    notes = (*parsed.notes, *([note] if note else []), *rewritten)
     return Bundle(parsed.path, parsed.name, sites, entries, full, notes)
+
+
+def _whole(path: str, update: Tensor) -> tuple[SiteRecord, dict[str, Tensor]]:
+    extras = {"parameter": path.rpartition(".")[2]}
+    return SiteRecord(path, (), "full", SiteConfig(dtype=update.dtype), extras, {}), {"lora_dense": update}
 
 
 def _renamed(parameter: str, place: Callable[[str], str]) -> str:
@@ -84,19 +97,22 @@ def _renamed(parameter: str, place: Callable[[str], str]) -> str:
     return f"{place(owner)}.{name}".lstrip(".")
 
 
-def _places(parsed: Parsed, owners: list[str], nodes: Mapping[str, Node]) -> tuple[Callable[[str], str], str]:
+def _places(
+    parsed: Parsed, owners: list[str], nodes: Mapping[str, Node], known: Collection[str]
+) -> tuple[Callable[[str], str], str]:
     """Returns what turns the file's spelling into the model's paths, and a note where that was not plain."""
     if not nodes:
-        return same, ""
+        return str, ""
     spelled: dict[str, list[str]] = defaultdict(list)
-    for path in nodes:
-        spelled[parsed.spell(path)].append(path)
+    for path in (*nodes, *known):
+        for name in parsed.spell(path):
+            spelled[name].append(path)
     found = aligned(list(dict.fromkeys(owners)), spelled)
-    move, note = found or (same, "")
+    move, note = found or (str, "")
     clashes = [
         f"{owner}: {' or '.join(spelled[move(owner)])}"
         for owner in dict.fromkeys(owners)
-        if len({id(nodes[path].module) for path in spelled.get(move(owner), ())}) > 1
+        if len({id(nodes[path].module) if path in nodes else path for path in spelled.get(move(owner), ())}) > 1
     ]
     if clashes:
         raise MismatchError(
