@@ -10,18 +10,20 @@ from torch import nn
 
 from .adapter import Adapter
 from .adapter_file import AdapterFile, SiteRecord, read_adapter_file
+from .bulk import uncollected
 from .config import Injection, check_name, dtype_name
 from .errors import ConfigError, FormatError, LoraInjectError, MismatchError, listing
-from .fingerprint import fingerprint
+from .fingerprint import fingerprints
 from .plan import Plan, count_parameters
 from .registry import by_kind
-from .safefile import read_tensors
+from .safefile import all_finite, read_tensors
 from .sites import Site, make_site
 from .surgery import build, insert
 from .targets import nearest_paths
 from .tree import Node, walk
 
 
+@uncollected()
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -57,7 +59,7 @@ def load(
     if check_base:
         _check_base(file, sites)
     plan = Plan(injection, tuple(sites.values()), (), {str(path): len(sites)}, count_parameters(nodes))
-    insert(model, plan, _filled(file, sites))
+    insert(nodes, plan, _filled(file, sites))
     return plan
 
 
@@ -136,12 +138,9 @@ def _compare(file: AdapterFile, record: SiteRecord, site: Site) -> list[str]:
 
 
 def _check_base(file: AdapterFile, sites: Mapping[str, Site]) -> None:
-    differ = [
-        path
-        for path, site in sites.items()
-        if site.device.type != "meta"
-        and fingerprint(site.module, site.adapter_class.touches(site.extras)) != file.sites[path].base
-    ]
+    real = {path: site for path, site in sites.items() if site.device.type != "meta"}
+    found = fingerprints((site.module, site.adapter_class.touches(site.extras)) for site in real.values())
+    differ = [path for path, base in zip(real, found, strict=True) if base != file.sites[path].base]
     if differ:
         raise MismatchError(
             f"{file.header.path}: made for other base weights: {len(differ)} of {len(sites)} sites differ:\n"
@@ -154,13 +153,14 @@ def _filled(file: AdapterFile, sites: Mapping[str, Site]) -> list[Adapter]:
     """Returns one adapter per site, holding the file's numbers."""
     keys = [f"{file.sites[path].prefix}{key}" for path, site in sites.items() for key in site.layout]
     tensors = read_tensors(file.header, keys)
-    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if bad:
+    if not all_finite(tensors.values()):
+        bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         raise FormatError(f"{file.header.path}: NaN or infinity in {len(bad)} tensors:\n{listing(bad)}")
     built = []
     for path, site in sites.items():
         adapter = build(site)
-        for key in site.layout:
-            adapter._parameters[key].copy_(tensors[f"{file.sites[path].prefix}{key}"])  # type: ignore[union-attr]
+        prefix = file.sites[path].prefix
+        for key, parameter in adapter.own_parameters():
+            parameter.copy_(tensors[prefix + key])
         built.append(adapter)
     return built

@@ -155,20 +155,27 @@ def _check_tensors(module: nn.Module, names: tuple[str, ...]) -> tuple[torch.dty
         return torch.get_default_dtype(), torch.get_default_device()
     if tensor is None:
         raise UnsupportedError(f"{base_class(module).__name__} has no parameter {names[0]!r}")
+    if type(tensor) is not nn.Parameter:
+        _check_special(tensor)
+    if not tensor.dtype.is_floating_point:
+        raise UnsupportedError(f"its weight has dtype {tensor.dtype}: only floating-point weights can be adapted")
+    return tensor.dtype, _working_device(module, tensor)
+
+
+def _check_special(tensor: Any) -> None:
     if isinstance(tensor, nn.parameter.UninitializedParameter):
         raise UnsupportedError("its weight has no shape yet: run the model once on real input, then inject")
     if hasattr(tensor, "device_mesh"):
         raise UnsupportedError(
             "its weight is a DTensor (sharded already): inject first, then call fully_shard or parallelize_module"
         )
-    if not tensor.dtype.is_floating_point:
-        raise UnsupportedError(f"its weight has dtype {tensor.dtype}: only floating-point weights can be adapted")
-    return tensor.dtype, _working_device(module, tensor)
 
 
 def _working_device(module: nn.Module, tensor: Any) -> torch.device:
     """Returns where the weight is while the module runs: accelerate brings an offloaded one there from elsewhere."""
+    if not tensor.is_meta:
+        return tensor.device  # type: ignore[no-any-return]
     hook = module.__dict__.get("_hf_hook")
     devices = [getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,))]
     found = [device for device in devices if device is not None]
-    return torch.device(found[-1]) if tensor.is_meta and found else tensor.device
+    return torch.device(found[-1]) if found else tensor.device

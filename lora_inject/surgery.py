@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
+from .bulk import uncollected
 from .commit import Undo, all_or_nothing
 from .errors import StateError, UnsupportedError
-from .host import attach, class_for, detach, is_outermost, restorer
+from .host import attach, class_for, detach, is_host, is_outermost, restorer
 from .merging import MergeOptions, bake_host, merge_host, shared_parameters, unmerge_host
-from .plan import Plan, plan
-from .refs import AdapterRef, adapters, by_host, pick
+from .plan import Plan, plan_nodes
+from .refs import AdapterRef, by_host, chosen
 from .sites import Site
 from .tree import Node, walk
 
@@ -23,6 +24,7 @@ FROZEN = "_lora_inject_frozen"
 """Attribute of a module that names its parameters that trained before the injection."""
 
 
+@uncollected()
 def inject(model: nn.Module, targets: object, **options: Any) -> Plan:
     """Puts low-rank adapters into the modules that the targets select, in place, and returns the plan.
 
@@ -54,12 +56,13 @@ def inject(model: nn.Module, targets: object, **options: Any) -> Plan:
         UnsupportedError: a selected module cannot be served exactly.
         StateError: a selected site has an adapter of that name already.
     """
-    planned = plan(model, targets, **options)
+    nodes = walk(model)
+    planned = plan_nodes(nodes, targets, options)
     seed = planned.injection.seed
     built = [build(site) for site in planned]
     for site, adapter in zip(planned, built, strict=True):
         adapter.reset(None if seed is None else _generator(seed, site.path))
-    insert(model, planned, built)
+    insert(nodes, planned, built)
     return planned
 
 
@@ -79,14 +82,14 @@ def _generator(seed: int, path: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def insert(model: nn.Module, planned: Plan, built: list[Adapter]) -> None:
-    """Attaches one built adapter per site, and freezes the rest if the injection asks for it; all or nothing."""
+def insert(nodes: list[Node], planned: Plan, built: list[Adapter]) -> None:
+    """Attaches one built adapter per site of the walked model, and freezes the rest if the injection asks for it; all or nothing."""
     with all_or_nothing() as undo:
         for site, adapter in zip(planned, built, strict=True):
             undo(restorer(site.module))
             attach(site.module, planned.name, adapter)
         if planned.injection.freeze:
-            _freeze(walk(model), undo)
+            _freeze(nodes, undo)
 
 
 def _freeze(nodes: list[Node], undo: Undo) -> None:
@@ -116,6 +119,7 @@ def _thaw(module: nn.Module, names: list[str] | tuple[str, ...], mark: tuple[str
         module.__dict__.pop(FROZEN, None)
 
 
+@uncollected()
 def uninject(model: nn.Module, name: str | None = None, *, keep_merged: bool = False) -> None:
     """Takes adapters out: same objects, classes, keys, bytes, flags and hooks as before the injection.
 
@@ -130,18 +134,20 @@ def uninject(model: nn.Module, name: str | None = None, *, keep_merged: bool = F
     Raises:
         StateError: no such adapter; `keep_merged` without a merge; or a class that was changed after the injection.
     """
-    names = pick(model, () if name is None else (name,))
-    refs = [ref for ref in adapters(model) if ref.name in names]
+    nodes = walk(model)
+    refs = chosen(nodes, () if name is None else (name,))
     _check_removable(refs, keep_merged)
-    options = MergeOptions(shared=shared_parameters(model))
+    names = tuple(dict.fromkeys(ref.name for ref in refs))
+    merged = any(ref.adapter.merged for ref in refs)
+    options = MergeOptions(shared=shared_parameters(model) if merged else frozenset())
     with all_or_nothing() as undo:
         for group in by_host(refs):
             _settle(group[0], names, keep_merged, options, undo)
             undo(restorer(group[0].module))
         for ref in refs:
             detach(ref.module, ref.name, ref.adapter.parameter)
-        if next(adapters(model), None) is None:
-            _thaw_all(model, undo)
+        if not any(is_host(node.module) for node in nodes):
+            _thaw_all(nodes, undo)
 
 
 def _check_removable(refs: list[AdapterRef], keep_merged: bool) -> None:
@@ -183,8 +189,8 @@ def _adopt(host: Any, created: list[str], undo: Undo) -> None:
         host.__dict__[FROZEN] = (*mark, *created)
 
 
-def _thaw_all(model: nn.Module, undo: Undo) -> None:
-    for node in walk(model):
+def _thaw_all(nodes: list[Node], undo: Undo) -> None:
+    for node in nodes:
         mark = node.module.__dict__.get(FROZEN)
         if mark:
             undo(partial(_refreeze, node.module, mark))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -37,7 +38,15 @@ def matcher(pattern: str) -> Callable[[str], bool]:
             raise TargetError(f"pattern {pattern!r}: not a regular expression: {error}") from None
         return lambda path: compiled.fullmatch(path) is not None
     glob = pattern.translate(_UNDIVIDED)
-    return lambda path: fnmatchcase2(path.translate(_UNDIVIDED), glob)
+    # For an undivided name fnmatchcase2 asks the standard library, whose regular expression is made once here.
+    whole = re.compile(fnmatch.translate(glob)).match
+
+    def matches(path: str) -> bool:
+        if "/" in path or "\\" in path:
+            return bool(fnmatchcase2(path.translate(_UNDIVIDED), glob))
+        return whole(path) is not None
+
+    return matches
 
 
 def is_literal(pattern: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,12 +37,6 @@ class Node:
         return self.paths[0]
 
 
-@dataclass(slots=True)
-class _Walk:
-    nodes: dict[int, Node] = field(default_factory=dict)
-    open: set[int] = field(default_factory=set)
-
-
 def _unwrap(module: nn.Module, key: str) -> tuple[nn.Module, str]:
     for name in WRAPPERS:
         # Not get(): TorchScript's table of children has none.
@@ -53,32 +47,35 @@ def _unwrap(module: nn.Module, key: str) -> tuple[nn.Module, str]:
     return module, key
 
 
-def _visit(walk: _Walk, module: nn.Module, path: str, key: str) -> None:
-    module, key = _unwrap(module, key)
-    ident = id(module)
-    if ident in walk.open:
-        return
-    node = walk.nodes.get(ident)
-    if node is None:
-        walk.nodes[ident] = Node(module, [path], key)
-    elif path not in node.paths:
-        node.paths.append(path)
-    children = module._modules
-    if not children:
-        return
-    walk.open.add(ident)
-    inner = INNER if getattr(type(module), "is_lora_host", False) else None
-    for name, child in children.items():
-        if child is not None and name != inner:
-            _visit(walk, child, f"{path}.{name}" if path else name, f"{key}{name}.")
-    walk.open.discard(ident)
-
-
 def walk(model: nn.Module) -> list[Node]:
     """Returns every module of the model once, in the order of `named_modules()`, adapters left out."""
-    found = _Walk()
-    _visit(found, model, "", "")
-    return list(found.nodes.values())
+    nodes: dict[int, Node] = {}
+    above: set[int] = set()
+
+    def visit(module: nn.Module, path: str, key: str) -> None:
+        if module._modules:
+            module, key = _unwrap(module, key)
+        ident = id(module)
+        if ident in above:
+            return
+        node = nodes.get(ident)
+        if node is None:
+            nodes[ident] = Node(module, [path], key)
+        elif path not in node.paths:
+            node.paths.append(path)
+        children = module._modules
+        if not children:
+            return
+        above.add(ident)
+        inner = INNER if getattr(type(module), "is_lora_host", False) else None
+        start = f"{path}." if path else ""
+        for name, child in children.items():
+            if child is not None and name != inner:
+                visit(child, start + name, f"{key}{name}.")
+        above.discard(ident)
+
+    visit(model, "", "")
+    return list(nodes.values())
 
 
 Held = tuple[nn.Module, str, torch.Tensor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import sys
 from typing import Any, ClassVar
 
 import torch
@@ -189,10 +190,9 @@ class Conv1DAdapter(MatrixAdapter):
 
 
 def _conv1d_class(base: type) -> type | None:
-    for known in base.__mro__:
-        if known.__name__ == "Conv1D" and known.__module__ == "transformers.pytorch_utils":
-            return known
-    return None
+    # Where nothing has imported its file, there is no such class yet.
+    known = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return known if known is not None and issubclass(base, known) else None
 
 
 def _transposed_linear(host: Any, x: Tensor) -> Tensor:
