@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -86,11 +87,32 @@ def _output(
         output = (flat @ weight if bias is None else torch.addmm(bias, flat, weight)).view(*x.shape[:-1], -1)
     else:
         output = F.linear(x, weight, bias)
-    first, second = _stack(factors, dtype, transposed)
-    inner = _dropped(x, dropout, seed).reshape(-1, x.shape[-1]) @ first.t()
-    inner = _scale(inner, scales, factors, transposed, dropout)
-    output.view(-1, output.shape[-1]).addmm_(inner, second.t())
+    first, second = _stack(factors, _low_rank_dtype(x), transposed)
+    flat = x.reshape(-1, x.shape[-1])
+    met = flat.to(first.dtype) if seed is None else _keep(flat, _mask(flat, first.dtype, dropout, seed))
+    inner = _scale(met @ first.t(), scales, factors, transposed, dropout)
+    _add_product(output.view(-1, output.shape[-1]), inner, second.t())
     return output
+
+
+def _add_product(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Adds left @ right to the output in place, rounded to its dtype once more where theirs is wider."""
+    return output.addmm_(left, right) if output.dtype == left.dtype else output.add_(left @ right)
+
+
+def _low_rank_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype of the low-rank products: the input's, unless the CPU would only emulate it."""
+    return torch.float32 if x.device.type == "cpu" and _is_emulated(x.dtype) else x.dtype
+
+
+@lru_cache
+def _is_emulated(dtype: torch.dtype) -> bool:
+    """Says whether this CPU multiplies matrices of the dtype element by element, many times slower than float32."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype in supported and not supported[dtype]()
 
 
 def _stack(factors: Factors, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -111,25 +133,30 @@ def _scale(inner: Tensor, scales: tuple[float, ...], factors: Factors, transpose
     kept = 1 - _threshold(dropout) / 2**16
     if len(scales) == 1:
         return inner * (scales[0] / kept)
-    ranks = _ranks(factors, transposed)
-    columns = [scale for scale, rank in zip(scales, ranks, strict=True) for _ in range(rank)]
-    return inner * torch.tensor(columns, dtype=inner.dtype, device=inner.device)
+    parts = inner.split(_ranks(factors, transposed), dim=1)
+    return torch.cat([part * scale for part, scale in zip(parts, scales, strict=True)], dim=1)
 
 
 def _threshold(dropout: float) -> int:
     return round(dropout * 2**16)
 
 
-def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """Returns which elements stay, made again from the seed: sixteen random bits each, four from one draw."""
+def _mask(x: Tensor, dtype: torch.dtype, dropout: float, seed: int) -> Tensor:
+    """Returns 1 for elements that stay and 0 for others, from the seed: sixteen random bits each, four from one draw.
+
+    Not truth values, because a product with such a mask takes twenty times as long on a CPU.
+    """
     generator = torch.Generator(x.device).manual_seed(seed)
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
     draws.random_(-(2**63), None, generator=generator)
-    return (draws.view(torch.int16)[: x.numel()] >= _threshold(dropout) - 2**15).view(x.shape)
+    bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
+    # float32 holds sixteen bits exactly, and its comparison in place is the fastest there is.
+    return bits.to(torch.float32).ge_(_threshold(dropout) - 2**15).to(dtype)
 
 
-def _dropped(x: Tensor, dropout: float, seed: int | None) -> Tensor:
-    return x if seed is None else x * _mask(x, dropout, seed)
+def _keep(x: Tensor, mask: Tensor) -> Tensor:
+    """Returns x times the mask, in the memory of the mask unless that may be wanted for a second derivative."""
+    return x * mask if torch.is_grad_enabled() else mask.mul_(x)
 
 
 class _Fused(torch.autograd.Function):
@@ -159,25 +186,27 @@ class _Fused(torch.autograd.Function):
         scales, transposed, dropout, seed = ctx.options
         wants = ctx.needs_input_grad
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        first, second = _stack(factors, x.dtype, transposed)
-        inner_grad = _scale(grad @ second, scales, factors, transposed, dropout)
+        first, second = _stack(factors, _low_rank_dtype(x), transposed)
+        low_grad = grad.to(first.dtype)
+        inner_grad = _scale(low_grad @ second, scales, factors, transposed, dropout)
         flat = x.reshape(-1, x.shape[-1])
+        mask = None if seed is None else _mask(flat, first.dtype, dropout, seed)
         x_grad = weight_grad = None
         if wants[0]:
             x_grad = grad @ (weight.t() if transposed else weight).to(x.dtype)
-            if seed is None:
-                x_grad = x_grad.addmm_(inner_grad, first)
+            if mask is None:
+                x_grad = _add_product(x_grad, inner_grad, first)
             else:
-                x_grad = x_grad + (inner_grad @ first) * _mask(flat, dropout, seed)
+                x_grad = x_grad.add_((inner_grad @ first).mul_(mask))
             x_grad = x_grad.view(x.shape)
         if wants[1]:
             weight_grad = (flat.t() @ grad if transposed else grad.t() @ flat).to(weight.dtype)
         bias_grad = grad.sum(0).to(ctx.bias_dtype) if wants[2] else None
         factor_grads: list[Tensor | None] = [None] * len(factors)
         if any(wants[7:]):
-            met = _dropped(flat, dropout, seed)
+            met = flat.to(first.dtype) if mask is None else _keep(flat, mask)
             first_grad = inner_grad.t() @ met
-            second_grad = grad.t() @ _scale(met @ first.t(), scales, factors, transposed, dropout)
+            second_grad = low_grad.t() @ _scale(met @ first.t(), scales, factors, transposed, dropout)
             factor_grads = _split(first_grad, second_grad, factors, transposed)
         return (x_grad, weight_grad, bias_grad, None, None, None, None, *factor_grads)
 
