@@ -79,25 +79,42 @@ def _output(
     seed: int | None,
     factors: Factors,
 ) -> Tensor:
-    dtype = x.dtype
-    weight = weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    weight = _cast(weight, x.dtype)
+    bias = None if bias is None else _cast(bias, x.dtype)
     if transposed:
         flat = x.reshape(-1, x.shape[-1])
-        output = (flat @ weight if bias is None else torch.addmm(bias, flat, weight)).view(*x.shape[:-1], -1)
+        output = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        output = output.view(*x.shape[:-1], -1)
     else:
+        # In the input's own shape, by which torch picks the kernel: the base's bits must be the base's.
         output = F.linear(x, weight, bias)
     first, second = _stack(factors, _low_rank_dtype(x), transposed)
+    if len(scales) == 1 and seed is None and x.numel() == x.shape[-1]:
+        # For one token the views below would take longer than an output-sized product.
+        inner = F.linear(_cast(x, first.dtype), first)
+        return output.add_(F.linear(inner, second), alpha=scales[0])
     flat = x.reshape(-1, x.shape[-1])
-    met = flat.to(first.dtype) if seed is None else _keep(flat, _mask(flat, first.dtype, dropout, seed))
-    inner = _scale(met @ first.t(), scales, factors, transposed, dropout)
-    _add_product(output.view(-1, output.shape[-1]), inner, second.t())
+    met = _cast(flat, first.dtype) if seed is None else _keep(flat, _mask(flat, first.dtype, dropout, seed))
+    inner = F.linear(met, first)
+    rows = output.view(-1, output.shape[-1])
+    if len(scales) == 1:
+        # The one factor comes for free with the product.
+        _add_product(rows, inner, second.t(), scales[0] / _kept(dropout))
+    else:
+        _add_product(rows, _scale(inner, scales, factors, transposed, dropout), second.t())
     return output
 
 
-def _add_product(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Adds left @ right to the output in place, rounded to its dtype once more where theirs is wider."""
-    return output.addmm_(left, right) if output.dtype == left.dtype else output.add_(left @ right)
+def _add_product(output: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """Adds scale * left @ right to the output in place, rounded to its dtype once more where theirs is wider."""
+    if output.dtype == left.dtype:
+        return output.addmm_(left, right, alpha=scale)
+    return output.add_(left @ right, alpha=scale)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the tensor in the dtype; asking first is much cheaper than a call that has nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _low_rank_dtype(x: Tensor) -> torch.dtype:
@@ -117,11 +134,10 @@ def _is_emulated(dtype: torch.dtype) -> bool:
 
 def _stack(factors: Factors, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor]:
     """Returns all first factors as (summed rank, in) and all second ones as (out, summed rank)."""
-    firsts = [factor.t() if transposed else factor for factor in factors[0::2]]
-    seconds = [factor.t() if transposed else factor for factor in factors[1::2]]
-    if len(firsts) == 1:
-        return firsts[0].to(dtype), seconds[0].to(dtype)
-    return torch.cat([f.to(dtype) for f in firsts]), torch.cat([s.to(dtype) for s in seconds], dim=1)
+    ordered = [_cast(factor.t() if transposed else factor, dtype) for factor in factors]
+    if len(ordered) == 2:
+        return ordered[0], ordered[1]
+    return torch.cat(ordered[0::2]), torch.cat(ordered[1::2], dim=1)
 
 
 def _ranks(factors: Factors, transposed: bool) -> list[int]:
@@ -130,15 +146,18 @@ def _ranks(factors: Factors, transposed: bool) -> list[int]:
 
 def _scale(inner: Tensor, scales: tuple[float, ...], factors: Factors, transposed: bool, dropout: float) -> Tensor:
     """Returns the rank-sized product times each adapter's scale, and what dropout takes from the mean."""
-    kept = 1 - _threshold(dropout) / 2**16
     if len(scales) == 1:
-        return inner * (scales[0] / kept)
+        return inner * (scales[0] / _kept(dropout))
     parts = inner.split(_ranks(factors, transposed), dim=1)
     return torch.cat([part * scale for part, scale in zip(parts, scales, strict=True)], dim=1)
 
 
 def _threshold(dropout: float) -> int:
     return round(dropout * 2**16)
+
+
+def _kept(dropout: float) -> float:
+    return 1 - _threshold(dropout) / 2**16
 
 
 def _mask(x: Tensor, dtype: torch.dtype, dropout: float, seed: int) -> Tensor:
