@@ -72,17 +72,12 @@ class Adapter(nn.Module, abc.ABC):
     ) -> None:
         init_module(self, config=config, scaling=config.scaling)
         for name, shape in layout.items():
-            self._parameters[name] = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+            trained = config.train_a or name != "lora_A"
+            self._parameters[name] = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), trained)
 
     def describe(self) -> dict[str, Any]:
         """Returns the extra options, as a file must hold them, that `layout` needs to make this adapter again."""
         return {}
-
-    def own_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """Returns names and parameters, as `named_parameters` does, which is slow where sites are many."""
-        if self._modules:
-            return self.named_parameters()
-        return [(name, parameter) for name, parameter in self._parameters.items() if parameter is not None]
 
     @property
     def live(self) -> bool:
@@ -198,6 +193,13 @@ class Adapter(nn.Module, abc.ABC):
                 _draw(parameter, self.config.init, generator)
             else:
                 parameter.zero_()
+
+
+def parameters_of(adapter: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """Returns names and parameters, as `named_parameters` does, which is slow where sites are many."""
+    if adapter._modules:
+        return adapter.named_parameters()
+    return [(name, parameter) for name, parameter in adapter._parameters.items() if parameter is not None]
 
 
 def _draw(parameter: Tensor, init: str, generator: torch.Generator | None) -> None:

@@ -17,6 +17,8 @@ from .version import VERSION
 FORMAT = "lora_inject"
 FORMAT_VERSION = 1
 _SITE_KEYS = frozenset(("path", "aliases", "adapter", "options", *SITE_OPTIONS))
+_ADDED = {"train_a": True}
+"""Options that files of this version did not have at first, and what a file without one means."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,6 @@ def _write_site(record: SiteRecord) -> dict[str, Any]:
     return where | options | {"options": dict(record.extras)}
 
 
-@lru_cache(maxsize=1024)
 def _write_options(config: SiteConfig) -> dict[str, Any]:
     options = {option: getattr(config, option) for option in SITE_OPTIONS}
     return options | {"dtype": dtype_name(options["dtype"])}
@@ -144,6 +145,8 @@ def _mapping(text: str | None, where: str, keys: set[str]) -> dict[str, Any]:
 
 
 def _read_site(entry: object, bases: Mapping[str, Any], where: str) -> SiteRecord:
+    if isinstance(entry, dict):
+        entry = _ADDED | entry
     if not isinstance(entry, dict) or entry.keys() != _SITE_KEYS:
         raise FormatError(f"{where}: a site must be an object with exactly the keys {', '.join(sorted(_SITE_KEYS))}")
     path, aliases = entry["path"], entry["aliases"]

@@ -64,9 +64,9 @@ def fused_linear(
     # Drawn from the CPU's generator, whose state gradient checkpointing puts back before it computes again.
     seed = int(torch.randint(2**62, ()).item()) if dropout else None
     if torch.is_grad_enabled():
-        found: Tensor = _Fused.apply(x, weight, bias, scales, transposed, dropout, seed, *factors)  # type: ignore[no-untyped-call]
+        found: Tensor = _Fused.apply(x, weight, bias, scales, transposed, dropout, seed, *factors)[0]  # type: ignore[no-untyped-call]
         return found
-    return _output(x, weight, bias, scales, transposed, dropout, seed, factors)
+    return _output(x, weight, bias, scales, transposed, dropout, seed, factors)[0]
 
 
 def _output(
@@ -78,7 +78,8 @@ def _output(
     dropout: float,
     seed: int | None,
     factors: Factors,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Returns the output and the rank-sized product, not scaled."""
     weight = _cast(weight, x.dtype)
     bias = None if bias is None else _cast(bias, x.dtype)
     if transposed:
@@ -92,9 +93,13 @@ def _output(
     if len(scales) == 1 and seed is None and x.numel() == x.shape[-1]:
         # For one token the views below would take longer than an output-sized product.
         inner = F.linear(_cast(x, first.dtype), first)
-        return output.add_(F.linear(inner, second), alpha=scales[0])
+        return output.add_(F.linear(inner, second), alpha=scales[0]), inner.reshape(1, -1)
     flat = x.reshape(-1, x.shape[-1])
-    met = _cast(flat, first.dtype) if seed is None else _keep(flat, _mask(flat, first.dtype, dropout, seed))
+    met = (
+        _cast(flat, first.dtype)
+        if seed is None
+        else _keep(flat, _mask(flat.shape, flat.device, first.dtype, dropout, seed))
+    )
     inner = F.linear(met, first)
     rows = output.view(-1, output.shape[-1])
     if len(scales) == 1:
@@ -102,7 +107,7 @@ def _output(
         _add_product(rows, inner, second.t(), scales[0] / _kept(dropout))
     else:
         _add_product(rows, _scale(inner, scales, factors, transposed, dropout), second.t())
-    return output
+    return output, inner
 
 
 def _add_product(output: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
@@ -148,7 +153,7 @@ def _scale(inner: Tensor, scales: tuple[float, ...], factors: Factors, transpose
     """Returns the rank-sized product times each adapter's scale, and what dropout takes from the mean."""
     if len(scales) == 1:
         return inner * (scales[0] / _kept(dropout))
-    parts = inner.split(_ranks(factors, transposed), dim=1)
+    parts = torch.split(inner, _ranks(factors, transposed), dim=1)
     return torch.cat([part * scale for part, scale in zip(parts, scales, strict=True)], dim=1)
 
 
@@ -160,15 +165,15 @@ def _kept(dropout: float) -> float:
     return 1 - _threshold(dropout) / 2**16
 
 
-def _mask(x: Tensor, dtype: torch.dtype, dropout: float, seed: int) -> Tensor:
+def _mask(shape: torch.Size, device: torch.device, dtype: torch.dtype, dropout: float, seed: int) -> Tensor:
     """Returns 1 for elements that stay and 0 for others, from the seed: sixteen random bits each, four from one draw.
 
     Not truth values, because a product with such a mask takes twenty times as long on a CPU.
     """
-    generator = torch.Generator(x.device).manual_seed(seed)
-    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
+    generator = torch.Generator(device).manual_seed(seed)
+    draws = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64, device=device)
     draws.random_(-(2**63), None, generator=generator)
-    bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
+    bits = draws.view(torch.int16)[: shape.numel()].view(shape)
     # float32 holds sixteen bits exactly, and its comparison in place is the fastest there is.
     return bits.to(torch.float32).ge_(_threshold(dropout) - 2**15).to(dtype)
 
@@ -179,7 +184,12 @@ def _keep(x: Tensor, mask: Tensor) -> Tensor:
 
 
 class _Fused(torch.autograd.Function):
-    """Saves x, W, A and B; the rank-sized product and the dropout mask are made again on the way back."""
+    """Saves x, W, A and B; the rank-sized product and the dropout mask are made again on the way back.
+
+    Where neither W nor the factor that the input meets first is trained, nothing needs x: the rank-sized product is
+    saved in its place (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303). It is a second output then, so that a second
+    derivative finds its way through it.
+    """
 
     @staticmethod
     def forward(
@@ -192,47 +202,60 @@ class _Fused(torch.autograd.Function):
         dropout: float,
         seed: int | None,
         *factors: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, *factors)
+    ) -> tuple[Tensor, Tensor | None]:
+        wants = ctx.needs_input_grad
+        narrow = not wants[1] and not any(wants[7::2])
+        # A view made in here could not be changed in place outside, as models do with `hidden += residual`.
+        output, inner = (t.detach() for t in _output(x, weight, bias, scales, transposed, dropout, seed, factors))
+        ctx.save_for_backward(inner if narrow else x, weight, *factors)
+        ctx.narrow, ctx.shape, ctx.dtype, ctx.low = narrow, x.shape, x.dtype, _low_rank_dtype(x)
         ctx.options = scales, transposed, dropout, seed
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # A view made in here could not be changed in place outside, as models do with `hidden += residual`.
-        return _output(x, weight, bias, scales, transposed, dropout, seed, factors).detach()
+        return output, inner if narrow else None
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, *factors = ctx.saved_tensors
+        held, weight, *factors = ctx.saved_tensors
         scales, transposed, dropout, seed = ctx.options
         wants = ctx.needs_input_grad
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        first, second = _stack(factors, _low_rank_dtype(x), transposed)
-        low_grad = grad.to(first.dtype)
+        first, second = _stack(factors, ctx.low, transposed)
+        low_grad = _cast(grad, ctx.low)
         inner_grad = _scale(low_grad @ second, scales, factors, transposed, dropout)
-        flat = x.reshape(-1, x.shape[-1])
-        mask = None if seed is None else _mask(flat, first.dtype, dropout, seed)
+        if ctx.narrow:
+            inner_grad = inner_grad + grads[1]
+        flat = held.reshape(-1, held.shape[-1])
+        mask = None
+        if seed is not None and (wants[0] or not ctx.narrow):
+            mask = _mask(torch.Size((len(grad), ctx.shape[-1])), grad.device, ctx.low, dropout, seed)
         x_grad = weight_grad = None
         if wants[0]:
-            x_grad = grad @ (weight.t() if transposed else weight).to(x.dtype)
+            x_grad = grad @ _cast(weight.t() if transposed else weight, ctx.dtype)
             if mask is None:
                 x_grad = _add_product(x_grad, inner_grad, first)
             else:
                 x_grad = x_grad.add_((inner_grad @ first).mul_(mask))
-            x_grad = x_grad.view(x.shape)
+            x_grad = x_grad.view(ctx.shape)
         if wants[1]:
             weight_grad = (flat.t() @ grad if transposed else grad.t() @ flat).to(weight.dtype)
         bias_grad = grad.sum(0).to(ctx.bias_dtype) if wants[2] else None
         factor_grads: list[Tensor | None] = [None] * len(factors)
         if any(wants[7:]):
-            met = flat.to(first.dtype) if mask is None else _keep(flat, mask)
-            first_grad = inner_grad.t() @ met
-            second_grad = low_grad.t() @ _scale(met @ first.t(), scales, factors, transposed, dropout)
+            first_grad, inner = None, held
+            if not ctx.narrow:
+                met = _cast(flat, ctx.low) if mask is None else _keep(flat, mask)
+                first_grad, inner = inner_grad.t() @ met, met @ first.t()
+            second_grad = low_grad.t() @ _scale(inner, scales, factors, transposed, dropout)
             factor_grads = _split(first_grad, second_grad, factors, transposed)
         return (x_grad, weight_grad, bias_grad, None, None, None, None, *factor_grads)
 
 
-def _split(first: Tensor, second: Tensor, factors: Factors, transposed: bool) -> list[Tensor | None]:
-    """Returns the gradients of the stacked factors as each adapter's own, in its dtype."""
+def _split(first: Tensor | None, second: Tensor, factors: Factors, transposed: bool) -> list[Tensor | None]:
+    """Returns the gradients of the stacked factors as each adapter's own, in its dtype; None where there is none."""
     ranks = _ranks(factors, transposed)
-    pairs = zip(torch.split(first, ranks), torch.split(second, ranks, dim=1), strict=True)
-    flat = [gradient.t() if transposed else gradient for pair in pairs for gradient in pair]
-    return [gradient.to(factor.dtype) for gradient, factor in zip(flat, factors, strict=True)]
+    firsts = [None] * len(ranks) if first is None else torch.split(first, ranks)
+    gradients = [gradient for pair in zip(firsts, torch.split(second, ranks, dim=1), strict=True) for gradient in pair]
+    return [
+        None if gradient is None else _cast(gradient.t() if transposed else gradient, factor.dtype)
+        for gradient, factor in zip(gradients, factors, strict=True)
+    ]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from .adapter import Adapter
+from .adapter import Adapter, parameters_of
 from .adapter_file import AdapterFile, SiteRecord, read_adapter_file
 from .bulk import uncollected
 from .config import Injection, check_name, dtype_name
@@ -160,7 +160,7 @@ def _filled(file: AdapterFile, sites: Mapping[str, Site]) -> list[Adapter]:
     for path, site in sites.items():
         adapter = build(site)
         prefix = file.sites[path].prefix
-        for key, parameter in adapter.own_parameters():
+        for key, parameter in parameters_of(adapter):
             parameter.copy_(tensors[prefix + key])
         built.append(adapter)
     return built

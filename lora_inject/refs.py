@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .adapter import Adapter
+from .adapter import Adapter, parameters_of
 from .bulk import uncollected
 from .errors import StateError, did_you_mean
 from .host import Host
@@ -69,7 +69,7 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
         if isinstance(node.module, Host)
         for held, adapter in node.module.adapters.items()
         if held.partition("@")[0] in names
-        for key, parameter in adapter.own_parameters()
+        for key, parameter in parameters_of(adapter)
     }
 
 

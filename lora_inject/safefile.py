@@ -8,8 +8,9 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -186,7 +187,7 @@ def _runs(entries: Iterable[tuple[Entry, str]]) -> Iterator[list[tuple[Entry, st
         yield run
 
 
-def _read_run(file: BinaryIO, header: Header, run: list[tuple[Entry, str]]) -> Iterator[tuple[str, Tensor]]:
+def _read_run(file: BufferedReader, header: Header, run: list[tuple[Entry, str]]) -> Iterator[tuple[str, Tensor]]:
     start, size = run[0][0].start, run[-1][0].end - run[0][0].start
     raw = bytearray(size)
     file.seek(header.data + start)
@@ -194,7 +195,7 @@ def _read_run(file: BinaryIO, header: Header, run: list[tuple[Entry, str]]) -> I
         raise OSError("it became shorter while it was read")
     dtype = run[0][0].dtype
     flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-    parts = flat.split([(entry.end - entry.start) // dtype.itemsize for entry, _ in run])
+    parts = torch.split(flat, [(entry.end - entry.start) // dtype.itemsize for entry, _ in run])
     for (entry, name), part in zip(run, parts, strict=True):
         yield name, part.view(entry.shape)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .adapter import parameters_of
 from .adapter_file import SiteRecord, metadata
 from .bulk import uncollected
 from .errors import StateError
@@ -29,11 +30,7 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 
 
 def _tensors(refs: list[AdapterRef]) -> dict[str, Tensor]:
-    return {
-        join(ref.path, key): parameter.detach()
-        for ref in refs
-        for key, parameter in ref.adapter.own_parameters()
-    }
+    return {join(ref.path, key): parameter.detach() for ref in refs for key, parameter in parameters_of(ref.adapter)}
 
 
 @uncollected()

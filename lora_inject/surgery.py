@@ -47,6 +47,8 @@ def inject(model: nn.Module, targets: object, **options: Any) -> Plan:
             init (str, "kaiming"): how A is drawn: kaiming, gaussian or orthogonal.
             factorization (str, "pointwise"): for convolutions: pointwise or balanced.
             dtype (torch.dtype, None): of A and B; None means float32 for half-precision bases, else the base's.
+            train_a (bool, True): False keeps A as it was drawn, so that nothing the size of the input is kept for the
+                backward pass (LoRA-FA).
             freeze (bool, True): everything but adapters stops training, until the last adapter goes.
             seed (int, None): draws A reproducibly, whatever the order of modules; None uses the global generator.
 
@@ -83,7 +85,7 @@ def _generator(seed: int, path: str) -> torch.Generator:
 
 
 def insert(nodes: list[Node], planned: Plan, built: list[Adapter]) -> None:
-    """Attaches one built adapter per site of the walked model, and freezes the rest if the injection asks for it; all or nothing."""
+    """Attaches one built adapter per site, and freezes the rest of the walked model if asked to; all or nothing."""
     with all_or_nothing() as undo:
         for site, adapter in zip(planned, built, strict=True):
             undo(restorer(site.module))

@@ -63,8 +63,9 @@ class Target:
         type: select only modules of this class: a class, a tuple of classes, or the name of a class or base class.
         adapter: serve the sites by this adapter class (or its name) instead of the first that can; the way to adapt
             a whole block: `adapter="block"`.
-        **options: overrides per site (rank, alpha, dropout, bias, rslora, dense, init, factorization, dtype), and
-            what the adapter class asks for itself (a block: `in_features` and `out_features`, or `example`).
+        **options: overrides per site (rank, alpha, dropout, bias, rslora, dense, init, factorization, dtype,
+            train_a), and what the adapter class asks for itself (a block: `in_features` and `out_features`, or
+            `example`).
 
     Raises:
         ConfigError: an option's value cannot be used.

@@ -44,6 +44,7 @@ DEFAULTS = {
     "init": "kaiming",
     "factorization": "pointwise",
     "dtype": None,
+    "train_a": True,
     "name": "default",
     "exclude": (),
     "freeze": True,
@@ -58,6 +59,7 @@ dropout: 0.25
 bias: true
 rslora: True
 dense: TRUE
+train_a: false
 init: orthogonal
 factorization: balanced
 dtype: bfloat16
@@ -119,6 +121,7 @@ GOOD = [
             "init": "orthogonal",
             "factorization": "balanced",
             "dtype": torch.bfloat16,
+            "train_a": False,
             "freeze": False,
             "seed": 7,
             "exclude": ("*.head", "re:.*\\.5\\..*"),
