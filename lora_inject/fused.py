@@ -26,7 +26,11 @@ def can_fuse(x: Any, weight: Any, bias: Any) -> bool:
     """
     if type(x) not in _PLAIN or type(weight) not in _PLAIN or torch.compiler.is_compiling():
         return False
-    if torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if device == "meta":
+        # Unknown to autocast, and there is nothing to be fast about.
+        return False
+    if torch.is_autocast_enabled(device):
         if x.dtype not in _HALF_OR_SINGLE:
             return False
     elif x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
