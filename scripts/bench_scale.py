@@ -110,9 +110,9 @@ def compare(options: Namespace, device: str, folder: Path) -> str:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--modules", type=int, default=11580)
-    made.add_argument("--peft-modules", type=int, default=3000)
-    made.add_argument("--rounds", type=int, default=5)
-    made.add_argument("--peft-rounds", type=int, default=2)
+    made.add_argument("--peft-modules", type=int, default=1500)
+    made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--peft-rounds", type=int, default=1)
     options = made.parse_args()
     torch.set_num_threads(1)
     sizes = (10_000, 40_000)
@@ -122,7 +122,7 @@ def main() -> None:
         sizes = (30, 120)
     with tempfile.TemporaryDirectory() as name:
         parts = [compare(options, device, Path(name)) for device in ("cpu", "meta")]
-        options.rounds = min(options.rounds, 3)
+        options.rounds = min(options.rounds, 2)
         parts.append(growth(options, sizes, Path(name)))
     print("\n\n".join([*parts, machine()]))
 
