@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .bulk import init_module
 from .config import SiteConfig
+from .offload import adapter_hook
 
 Layout = dict[str, tuple[int, ...]]
 """Names and shapes of an adapter's parameters."""
@@ -20,9 +21,12 @@ Rows = Callable[[slice], Tensor]
 """Gives the rows of an update that a slice selects, in float32 or wider."""
 
 
+WIDE = (torch.float32, torch.float64)
+
+
 def wide(tensor: Tensor) -> Tensor:
     """Returns the tensor in float32, or in its own dtype where that is wider."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor if tensor.dtype in WIDE else tensor.float()
 
 
 class Adapter(nn.Module, abc.ABC):
@@ -45,6 +49,13 @@ class Adapter(nn.Module, abc.ABC):
     """Serve a site only where a Target asks for this class by `adapter=`."""
     mergeable: ClassVar[bool] = True
     """Whether the update can be written into the host's parameters."""
+    stacks: ClassVar[bool] = False
+    """Whether updates add up by stacking `lora_A` and `lora_B` along the rank, and dense ones by their sum."""
+
+    stored_as: ClassVar[str | None] = None
+    """The kind under which files name it, where that is another class's, whose parameters it has."""
+    readable: ClassVar[bool] = True
+    """Whether who reads an adapted parameter gets W + delta; otherwise only the host's forward applies the update."""
 
     row_axes: int = 1
     """How many leading axes of the weight count as its rows when it is merged block by block (lora_inject.blocks)."""
@@ -57,10 +68,14 @@ class Adapter(nn.Module, abc.ABC):
     """How many open `disabled` contexts cover this adapter."""
     merged = False
     """Whether the host's parameters hold the update now."""
+    shared = False
+    """Whether its parameters are those of another adapter too, since both update one tied weight."""
     factor = 1.0
     """Product of the open `scaled` contexts."""
     scalings = 0
     """How many open `scaled` contexts cover this adapter."""
+
+    _hf_hook = adapter_hook
 
     def __init__(
         self,
@@ -107,6 +122,11 @@ class Adapter(nn.Module, abc.ABC):
     @abc.abstractmethod
     def shape(cls, module: nn.Module, extras: Mapping[str, Any]) -> tuple[int, ...]:
         """Returns the shape of the weight that is adapted."""
+
+    @classmethod
+    def weight_dtype(cls, tensor: Tensor) -> torch.dtype:
+        """Returns the dtype of the numbers that a stored weight stands for."""
+        return tensor.dtype
 
     @classmethod
     def touches(cls, extras: Mapping[str, Any]) -> tuple[str, ...]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from .config import SITE_OPTIONS, SiteConfig, as_dtype, check_name, dtype_name
 from .errors import ConfigError, FormatError
-from .safefile import Entry, Header, parse_json, read_header
+from .safefile import Entry, Header, parse_json, read_header, read_tensors, stamp
 from .version import VERSION
 
 FORMAT = "lora_inject"
@@ -60,6 +63,30 @@ class AdapterFile:
     name: str
     version: str
     sites: Mapping[str, SiteRecord]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.header.path
+
+    @property
+    def program(self) -> str:
+        """What wrote it."""
+        return f"lora_inject {self.version}"
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.path.stat().st_size
+
+    def stamp(self) -> bytes:
+        """Returns what tells one state of the file from another."""
+        return stamp(self.path, self.header.data)
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Returns tensors by their keys in the file, on the CPU."""
+        return read_tensors(self.header, keys)
 
     @cached_property
     def entries(self) -> dict[str, dict[str, Entry]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .adapter import Rows, wide
 
-BLOCK = 2**18
+BLOCK = 2**19
 """How many elements a block holds at most, unless one row has more."""
 
 

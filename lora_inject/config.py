@@ -61,6 +61,8 @@ _CHECKS: dict[str, tuple[Any, str]] = {
     "dense": (_flag, "True or False"),
     "train_a": (_flag, "True or False"),
     "freeze": (_flag, "True or False"),
+    "share_tied": (_flag, "True or False"),
+    "requantize": (_flag, "True or False"),
     "init": (lambda v: v in INITS, f"one of {', '.join(INITS)}"),
     "factorization": (lambda v: v in FACTORIZATIONS, f"one of {', '.join(FACTORIZATIONS)}"),
     "dtype": (lambda v: v is None or v in DTYPES.values(), f"None or one of {', '.join(DTYPES)}"),
@@ -153,11 +155,13 @@ class Injection:
     exclude: tuple[str, ...] = ()
     freeze: bool = True
     seed: int | None = None
+    share_tied: bool = False
 
     def __post_init__(self) -> None:
         check_name(self.name)
         check_option("freeze", self.freeze)
         check_option("seed", self.seed)
+        check_option("share_tied", self.share_tied)
 
     def override(self, options: Mapping[str, Any]) -> Injection:
         """Returns a copy with the given options in place of its own.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Mapping
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,11 @@ class FactoredAdapter(Adapter, abc.ABC):
     """
 
     updates: tuple[str, ...] = ("weight", "bias")
+    transposed: ClassVar[bool] = False
+    """Whether the weight is stored as (in, out), so that the input meets B before A."""
+    portable: ClassVar[bool] = True
+    """Whether other programs know low-rank pairs for what this class serves."""
+    stacks = True
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_dense: nn.Parameter
@@ -54,15 +60,19 @@ class FactoredAdapter(Adapter, abc.ABC):
         return shapes
 
     def matrix(self, rows: slice = ALL) -> Tensor:
-        """Returns B A as (rows, columns), or the dense update, in float32 or wider; of the given rows only."""
+        """Returns scaling * B A as (rows, columns), or the dense update, in float32 or wider; of the given rows only.
+
+        B takes the scaling, having fewer numbers than the product.
+        """
         if self.is_dense:
-            return wide(self.lora_dense[rows])
-        a, b = wide(self.lora_A), wide(self.lora_B[rows])
-        return b.reshape(-1, a.shape[0]) @ a.reshape(a.shape[0], -1)
+            return wide(self.lora_dense[rows]) * self.scaling
+        a, b = wide(self.lora_A), wide(self.lora_B[rows]) * self.scaling
+        return b @ (a if a.dim() == 2 else a.flatten(1))
 
     def unfold(self, host: Any, matrix: Tensor, rows: slice = ALL) -> Tensor:
         """Returns the product, or the dense update, in the shape of the weight, or of the given rows of it."""
-        return matrix.reshape(matrix.shape[0], *base_tensor(host, self.updates[0]).shape[1:])
+        shape = base_tensor(host, self.updates[0]).shape
+        return matrix if len(shape) == 2 else matrix.reshape(matrix.shape[0], *shape[1:])
 
     def bias_delta(self, host: Any) -> Tensor | None:
         """Returns the update of the host's bias before scaling, or None without `bias=True`."""
@@ -83,15 +93,12 @@ class FactoredAdapter(Adapter, abc.ABC):
 
     def delta_rows(self, host: Any, name: str) -> Rows:
         """Returns what gives the rows of one update from the rows of B alone."""
+        device = next(self.parameters()).device.type
 
         def give(rows: slice) -> Tensor:
-            # Under autocast the product would be rounded to half precision before it is added.
-            with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            with _as_they_are(device):
                 if name == self.updates[0]:
-                    found = self.unfold(host, self.matrix(rows), rows)
-                    # In place where nothing else holds the numbers: a dense update may be the parameter itself.
-                    fresh = not self.is_dense and not torch.is_grad_enabled()
-                    return found.mul_(self.scaling) if fresh else found * self.scaling
+                    return self.unfold(host, self.matrix(rows), rows)
                 bias = self.bias_delta(host)
                 assert bias is not None
                 return bias[rows] * self.scaling
@@ -119,3 +126,9 @@ class FactoredAdapter(Adapter, abc.ABC):
     def strength(self) -> float:
         """The scaling, times the factor of the open `scaled` contexts."""
         return self.scaling * self.factor
+
+
+def _as_they_are(device: str) -> AbstractContextManager[None]:
+    """Under autocast the product would be rounded to half precision before it is added."""
+    # Entering it costs more than small products do, and merging asks for thousands of them.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -10,35 +10,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import StateError
 from .host import Host, base_tensor
-from .tree import walk
+from .quantized import stored_weight
+from .tree import Node, walk
 
 SAMPLE = 64
 """How many elements of a weight are hashed, evenly spread, the first and the last among them."""
 
 
-def fingerprint(module: Any, names: tuple[str, ...]) -> dict[str, Any]:
+def fingerprint(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
     """Returns {"shape", "hash"} of the weight that a site adapts, as it is without merged updates.
 
     The hash is 8 bytes of blake2b over a fixed sample of elements, rounded to bfloat16. For an adapter of a whole
     block it covers a sample of every parameter of the block.
 
     Args:
-        module: the host, or the module that will be one.
+        node: the host, or the module that will be one.
         names: the parameters that the adapter updates, the weight first; none for a block.
+
+    Raises:
+        StateError: the weight is on the meta device, and nothing says where its numbers are.
     """
-    return fingerprints([(module, names)])[0]
+    return fingerprints([(node, names)])[0]
 
 
 @torch.no_grad()
-def fingerprints(places: Iterable[tuple[Any, tuple[str, ...]]]) -> list[dict[str, Any]]:
-    """Returns what `fingerprint` does of many places, given as module and names."""
+def fingerprints(places: Iterable[tuple[Node, tuple[str, ...]]]) -> list[dict[str, Any]]:
+    """Returns what `fingerprint` does of many places, given as node and names."""
     indices: dict[tuple[int, torch.device], Tensor] = {}
     shapes: list[list[int]] = []
     counts: list[int] = []
     picked: list[Tensor] = []
-    for module, names in places:
-        tensors = [_original(module, names[0])] if names else _everything(module)
+    for node, names in places:
+        tensors = [_original(node, names[0])] if names else _everything(node)
         shapes.append(list(tensors[0].shape) if names else [])
         counts.append(len(tensors))
         for tensor in tensors:
@@ -51,15 +56,25 @@ def fingerprints(places: Iterable[tuple[Any, tuple[str, ...]]]) -> list[dict[str
     return [{"shape": shape, "hash": digest} for shape, digest in zip(shapes, digests, strict=True)]
 
 
-def _original(module: Any, name: str) -> Tensor:
+def _original(node: Node, name: str) -> Tensor:
+    module: Any = node.module
     kept = module.adapters.kept.get(name) if isinstance(module, Host) else None
     found: Tensor = base_tensor(module, name) if kept is None else kept.original(module, name)
-    return found
+    stored = stored_weight(module) if kept is None and name == "weight" and not found.is_meta else None
+    if stored is not None:
+        return stored.dequantized()
+    if not found.is_meta:
+        return found
+    if node.away is None:
+        raise StateError(
+            f"{node.key}{name} is on the meta device, so the base cannot be recognised by its numbers: load its weights"
+        )
+    return node.away.tensor(node.key + name)
 
 
-def _everything(block: Any) -> list[Tensor]:
-    nodes = [node.module for node in walk(block)]
-    return [_original(module, name) for module in nodes for name, p in module._parameters.items() if p is not None]
+def _everything(block: Node) -> list[Tensor]:
+    nodes = walk(block.module, block.key, block.away)
+    return [_original(node, name) for node in nodes for name, p in node.module._parameters.items() if p is not None]
 
 
 def _sample_bytes(picked: list[Tensor]) -> list[bytes]:

@@ -21,6 +21,7 @@ from .adapter import Adapter, wide
 from .bulk import init_module
 from .errors import StateError, UnsupportedError
 from .keeping import Kept
+from .offload import host_forward, host_hook
 from .tree import INNER
 
 
@@ -62,6 +63,8 @@ class Host:
     lora_names: tuple[str, ...]
     lora_family: Any
     lora_source: type[Adapter] | None
+    _hf_hook = host_hook
+    _old_forward = host_forward
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = super().__reduce_ex__(protocol)
@@ -74,7 +77,8 @@ class Host:
 
     def _lora_live(self) -> list[Any]:
         """Returns the adapters that act beside the parameters now."""
-        return [adapter for adapter in self._modules[INNER]._modules.values() if adapter.live]  # type: ignore[attr-defined]
+        inner = self._modules.get(INNER)  # type: ignore[attr-defined]
+        return [] if inner is None else [adapter for adapter in inner._modules.values() if adapter.live]
 
     def __delattr__(self, name: str) -> None:
         if name in self.lora_names:
@@ -96,7 +100,8 @@ class Host:
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        merged = [name for name in self.adapters.kept if prefix + name in state_dict]
+        waiting = [name for key, way in self.adapters.kept.items() for name in way.entries(key)]
+        merged = [name for name in waiting if prefix + name in state_dict]
         if merged:
             raise StateError(
                 f"{prefix}{merged[0]}: cannot load base weights while adapters are merged into them: "
@@ -110,7 +115,11 @@ class OutputHost(Host):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the base's output with the update of every live adapter added."""
-        return self.lora_family.host_forward(self, self._lora_live(), *args, **kwargs)
+        live = self._lora_live()
+        if any(adapter.parameter is not None for adapter in live):
+            # An adapter of one parameter works in weight space, whatever the host's own adapters do.
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return self.lora_family.host_forward(self, live, *args, **kwargs)
 
 
 def base_tensor(module: nn.Module, name: str) -> Any:

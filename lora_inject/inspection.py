@@ -2,59 +2,78 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .adapter_file import AdapterFile, SiteRecord, read_adapter_file
+from .adapter_file import SiteRecord
+from .checkpoint.inputs import Input, read_source
 from .config import dtype_name
 from .errors import FormatError
+from .formats import Source
 from .inspected import Inspection, SiteSummary
-from .safefile import read_tensors
+from .report.base_norms import base_norms
+from .report.spectra import core, spectrum_of
+from .sites import join
 
 BATCH = 256 * 2**20
 """Bytes of tensors that are held at a time."""
 
 
-def inspect_adapter(path: str | os.PathLike[str]) -> Inspection:
+def inspect_adapter(
+    path: str | os.PathLike[str],
+    *,
+    spectra: bool = False,
+    base: str | os.PathLike[str] | None = None,
+    check_base: bool = True,
+) -> Inspection:
     """Returns what an adapter file holds; norms are computed in float64 from the factors, B A is never formed.
 
     Tensors that are missing or do not fit are told in the site's `problem`; the file is refused only where its header
     or its metadata cannot be understood.
 
     Args:
-        path: a file written by `export`.
+        path: an adapter of any known format.
+        spectra: compute the singular values of every update too.
+        base: the checkpoint that the adapter was trained on, a folder or a `.safetensors` file, to read the norms of
+            its weights from.
+        check_base: refuse a base that the adapter was not trained on.
 
     Raises:
-        FormatError: the file cannot be read or is no adapter file.
+        FormatError: the file or the base cannot be read, or the file is no adapter file.
+        MismatchError: the base has none of the sites, or other weights.
     """
-    file = read_adapter_file(path)
+    file = read_source(path, base)
+    shapes = {record.path: _base_shape(file, record) for record in file.sites.values()}
+    norms = {} if base is None else base_norms(base, Input(file, 1.0), check_base)
     summaries = []
     for group in _batches(file):
         keys = {record.path: _keys(file, record) for record in group}
-        tensors = read_tensors(file.header, [key for own in keys.values() for key in own.values()])
+        tensors = file.read(key for own in keys.values() for key in own.values())
         for record in group:
             own = {name: tensors[key] for name, key in keys[record.path].items()}
-            summaries.append(_summary(file, record, own))
-    strays = tuple(
-        sorted(set(file.header.tensors) - {key for r in file.sites.values() for key in _keys(file, r).values()})
-    )
-    return Inspection(str(path), file.name, file.version, file.header.path.stat().st_size, tuple(summaries), strays)
+            found = _summary(record, shapes[record.path], own, spectra)
+            summaries.append(replace(found, norm_base=norms.get(record.path)))
+    strays = sorted(join(site, key) for site, own in file.entries.items() if site not in file.sites for key in own)
+    measured = None if base is None else str(base)
+    return Inspection(str(path), file.name, file.program, file.size, tuple(summaries), tuple(strays), measured, spectra)
 
 
-def _keys(file: AdapterFile, record: SiteRecord) -> dict[str, str]:
+def _keys(file: Source, record: SiteRecord) -> dict[str, str]:
     """Returns the keys of a site's tensors in the file by the names of the parameters."""
     return {name: f"{record.prefix}{name}" for name in file.entries.get(record.path, {})}
 
 
-def _batches(file: AdapterFile) -> Iterator[list[SiteRecord]]:
+def _batches(file: Source) -> Iterator[list[SiteRecord]]:
     """Yields the sites in groups whose tensors take about `BATCH` bytes, as each reading parses the header again."""
     group: list[SiteRecord] = []
     held = 0
     for record in file.sites.values():
-        size = sum(entry.end - entry.start for entry in file.entries.get(record.path, {}).values())
+        size = sum(math.prod(e.shape) * e.dtype.itemsize for e in file.entries.get(record.path, {}).values())
         if group and held + size > BATCH:
             yield group
             group, held = [], 0
@@ -63,16 +82,17 @@ def _batches(file: AdapterFile) -> Iterator[list[SiteRecord]]:
     yield group
 
 
-def _summary(file: AdapterFile, record: SiteRecord, tensors: Mapping[str, Tensor]) -> SiteSummary:
+def _summary(record: SiteRecord, shape: tuple[int, ...], tensors: Mapping[str, Tensor], spectra: bool) -> SiteSummary:
     config = record.config
     options = {name: getattr(config, name) for name in ("dropout", "bias", "rslora", "dense", "init", "factorization")}
     wide = {name: tensor.double() for name, tensor in tensors.items()}
     problem = _problem(record, wide)
+    update = None if problem else _update(record, wide)
     return SiteSummary(
         path=record.path,
         aliases=record.aliases,
         adapter=record.kind,
-        shape=_base_shape(file, record),
+        shape=shape,
         rank=config.rank,
         alpha=config.alpha,
         scaling=config.scaling,
@@ -81,16 +101,17 @@ def _summary(file: AdapterFile, record: SiteRecord, tensors: Mapping[str, Tensor
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         norm_a=_norm(wide.get("lora_A")),
         norm_b=_norm(wide.get("lora_B")),
-        norm_delta=None if problem else config.scaling * _update_norm(record, wide),
-        base=str(record.base["hash"]),
+        norm_delta=None if update is None else config.scaling * float(update.norm()),
+        base=str(record.base["hash"] or "unknown"),
         problem=problem,
+        spectrum=spectrum_of(update, config.scaling) if spectra and update is not None else None,
     )
 
 
-def _base_shape(file: AdapterFile, record: SiteRecord) -> tuple[int, ...]:
+def _base_shape(file: Source, record: SiteRecord) -> tuple[int, ...]:
     shape = record.base["shape"]
     if not isinstance(shape, list) or not all(isinstance(size, int) for size in shape):
-        raise FormatError(f"{file.header.path}: metadata: base.sites: shape of {record.path!r} is no list of sizes")
+        raise FormatError(f"{file.path}: metadata: base.sites: shape of {record.path!r} is no list of sizes")
     return tuple(shape)
 
 
@@ -114,13 +135,16 @@ def _norm(tensor: Tensor | None) -> float | None:
     return None if tensor is None else float(tensor.norm())
 
 
-def _update_norm(record: SiteRecord, tensors: Mapping[str, Tensor]) -> float:
-    """Returns the norm of the update before scaling; the tensors are in float64 and have no problem."""
+def _update(record: SiteRecord, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Returns what has the norm and the singular values of the update before scaling; the tensors have no problem."""
     if "lora_dense" in tensors:
-        return float(tensors["lora_dense"].norm())
+        dense = tensors["lora_dense"]
+        # Stacks of matrices are sites of a parameter; any other weight has its rows in front.
+        stacked = record.kind == "parameter" and dense.dim() > 1
+        return dense if stacked else dense.flatten(1) if dense.dim() > 1 else dense.reshape(-1, 1)
     matrices = _matrices(record, tensors["lora_A"], tensors["lora_B"])
     assert matrices is not None
-    return product_norm(*matrices)
+    return core(*matrices)
 
 
 def _matrices(record: SiteRecord, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -137,18 +161,3 @@ def _matrices(record: SiteRecord, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]
         return (a.reshape(rank, -1), b.movedim(1, -1).reshape(-1, rank)) if fits else None
     fits = a.shape[-2] == b.shape[-1] == rank and a.shape[:-2] == b.shape[:-2]
     return (a, b) if fits else None
-
-
-def product_norm(a: Tensor, b: Tensor) -> float:
-    """Returns the Frobenius norm of B A from the triangular factors of B and of A^T, without forming the product.
-
-    With B = Q R and A^T = P S it is that of R S^T, which is at most (rank, rank). The Gram matrices B^T B and A A^T
-    would give it too, but square the factors' condition: where B A nearly cancels, half of the digits are lost.
-
-    Args:
-        a: A, (..., rank, columns), in float64.
-        b: B, (..., rows, rank), in float64, with the same leading axes, which count as further rows.
-    """
-    left = torch.linalg.qr(b, mode="r").R
-    right = torch.linalg.qr(a.mT, mode="r").R
-    return float((left @ right.mT).norm())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .commit import Undo
 from .errors import StateError
+from .quantized import Stored
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PRIME = 0x9E3779B97F4A7C15 >> 2
@@ -50,6 +51,10 @@ class Kept(abc.ABC):
     def restore(self, host: Any, key: str, undo: Undo) -> None:
         """Gives the parameter its original bits; `undo` takes the way back to the merged ones."""
 
+    def entries(self, key: str) -> list[str]:
+        """Returns the keys in the module's state dict that must not be loaded while the original waits here."""
+        return [key]
+
     @property
     @abc.abstractmethod
     def size(self) -> int:
@@ -84,6 +89,63 @@ class Replaced(Kept):
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         if self.parameter is not None:
             self.parameter.data = fn(self.parameter.data)
+
+
+class Requantized(Replaced):
+    """The host has another quantized weight while merged; the original waits as it was, all that describes it too."""
+
+    def __init__(self, stored: Stored) -> None:
+        super().__init__(stored.weight)
+        self.stored = stored
+        self.beside = [(holder, name, getattr(holder, name, None)) for holder, name in stored.beside()]
+
+    def original(self, host: Any, key: str) -> Any:
+        return self.stored.dequantized()
+
+    def restore(self, host: Any, key: str, undo: Undo) -> None:
+        super().restore(host, key, undo)
+        for holder, name, value in self.beside:
+            undo(partial(setattr, holder, name, getattr(holder, name, None)))
+            setattr(holder, name, value)
+
+    @property
+    def size(self) -> int:
+        return self.stored.size
+
+    def secured(self, host: Any, key: str) -> Kept:
+        raise StateError(
+            "an update is merged into a quantized weight, which cannot be cast or moved along with its original: "
+            "call lora_inject.unmerge(model) first"
+        )
+
+
+class Through(Kept):
+    """The parameter is another host's too, which has merged the same update into it and goes back for both."""
+
+    def __init__(self, leader: Any, key: str) -> None:
+        self.leader, self.key = leader, key
+
+    def original(self, host: Any, key: str) -> Any:
+        return self._way.original(self.leader, self.key)
+
+    def restore(self, host: Any, key: str, undo: Undo) -> None:
+        return
+
+    @property
+    def size(self) -> int:
+        return 0
+
+    def secured(self, host: Any, key: str) -> Kept:
+        self.leader.adapters.kept[self.key] = self._way.secured(self.leader, self.key)
+        return self
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        return
+
+    @property
+    def _way(self) -> Kept:
+        found: Kept = self.leader.adapters.kept[self.key]
+        return found
 
 
 class Copy(Kept):

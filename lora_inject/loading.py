@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from .adapter import Adapter, parameters_of
-from .adapter_file import AdapterFile, SiteRecord, read_adapter_file
+from .adapter import Adapter
+from .adapter_file import SiteRecord
 from .bulk import uncollected
 from .config import Injection, check_name, dtype_name
 from .errors import ConfigError, FormatError, LoraInjectError, MismatchError, listing
 from .fingerprint import fingerprints
+from .formats import Bundle, Source, read_adapter
+from .formats.prefixes import aligned
+from .formats.trained import as_updates
 from .plan import Plan, count_parameters
-from .registry import by_kind
-from .safefile import all_finite, read_tensors
+from .registry import adapter_for, by_kind
+from .safefile import all_finite
 from .sites import Site, make_site
 from .surgery import build, insert
 from .targets import nearest_paths
+from .ties import share
 from .tree import Node, walk
 
 
@@ -51,68 +56,100 @@ def load(
         MismatchError: sites, tensors, shapes or base weights do not fit; lists all of them.
         StateError: a site has an adapter of that name already.
     """
-    file = read_adapter_file(path)
+    file = read_adapter(path, model)
+    if isinstance(file, Bundle):
+        file = as_updates(file, model)
     nodes = walk(model)
     injection = Injection(name=check_name(file.name if name is None else name))
-    placed = _place(file, nodes, strict)
+    placed, note = _place(file, nodes, strict)
     sites = _sites(file, placed, injection.name)
     if check_base:
-        _check_base(file, sites)
-    plan = Plan(injection, tuple(sites.values()), (), {str(path): len(sites)}, count_parameters(nodes))
+        _check_base(file, sites, placed)
+    every = tuple(site for group in sites.values() for site in group)
+    notes = (*file.notes, *([note] if note else []))
+    plan = Plan(injection, every, (), {str(path): len(every)}, count_parameters(nodes), notes)
     insert(nodes, plan, _filled(file, sites))
     return plan
 
 
-def _place(file: AdapterFile, nodes: Sequence[Node], strict: bool) -> dict[str, Node]:
-    """Returns the module of every site of the file, by the path in the file."""
+Placed = dict[str, list[Node]]
+"""By the path of a site in the file: its module, and any further modules that its aliases lead to."""
+
+
+def _place(file: Source, nodes: Sequence[Node], strict: bool) -> tuple[Placed, str]:
+    """Returns the modules of every site of the file, and a note where the paths differ by a prefix.
+
+    Aliases lead to the same module, or, where an adapter was shared by tied weights, to another one. One that was a
+    single module for the exporting model and is two in this one gets the same pair in both.
+    """
     by_path = {path: node for node in nodes for path in node.paths}
-    placed: dict[str, Node] = {}
+    move, note = _aligned(file, by_path)
+    placed: Placed = {}
     missing: list[str] = []
     for record in file.sites.values():
-        owners = [record.owner(path) for path in (record.path, *record.aliases)]
-        node = next((by_path[path] for path in owners if path in by_path), None)
-        if node is None:
+        owners = [move(record.owner(path)) for path in (record.path, *record.aliases)]
+        found = list({id(by_path[path]): by_path[path] for path in owners if path in by_path}.values())
+        if not found:
             near = nearest_paths(record.path, by_path)[:2]
             missing.append(record.path + (f" (nearest: {', '.join(near)})" if near else ""))
         else:
-            placed[record.path] = node
+            placed[record.path] = found
     stray = sorted(set(file.entries) - set(file.sites))
     if stray:
-        raise FormatError(f"{file.header.path}: tensors that belong to no site of the file:\n{listing(stray)}")
+        raise FormatError(f"{file.path}: tensors that belong to no site of the file:\n{listing(stray)}")
     if missing and (strict or not placed):
         raise MismatchError(
-            f"{file.header.path}: the model has no module for {len(missing)} of {len(file.sites)} sites:\n"
+            f"{file.path}: the model has no module for {len(missing)} of {len(file.sites)} sites:\n"
             f"{listing(missing)}\nLoad it into the model that it was made for"
             + ("." if not placed else ", or pass strict=False to load the sites that are there.")
         )
-    return placed
+    return placed, note
 
 
-def _sites(file: AdapterFile, placed: Mapping[str, Node], name: str) -> dict[str, Site]:
-    """Returns a checked site for every placed record; its layout equals the shapes in the file."""
-    sites: dict[str, Site] = {}
+def _aligned(file: Source, known: Mapping[str, Node]) -> tuple[Callable[[str], str], str]:
+    """Returns what turns the file's paths into the model's, and a note where that is not the path itself."""
+    records = file.sites.values()
+    if all(any(record.owner(path) in known for path in (record.path, *record.aliases)) for record in records):
+        return str, ""
+    return aligned([record.owner(record.path) for record in records], known) or (str, "")
+
+
+def _sites(file: Source, placed: Placed, name: str) -> dict[str, list[Site]]:
+    """Returns the checked sites of every placed record; their layout equals the shapes in the file."""
+    sites: dict[str, list[Site]] = {}
     problems: list[LoraInjectError] = []
     wrong: list[str] = []
-    for path, node in placed.items():
+    for path, nodes in placed.items():
         record = file.sites[path]
-        try:
-            adapter_class = by_kind(record.kind)
-            if not _serves(adapter_class, node.module, record.extras.get("parameter")):
-                wrong.append(f"{path}: adapter {record.kind!r} does not serve {type(node.module).__name__}")
+        for node in nodes:
+            try:
+                adapter_class = _class_for(record, node.module)
+                if adapter_class is None:
+                    wrong.append(f"{path}: adapter {record.kind!r} does not serve {type(node.module).__name__}")
+                    continue
+                site = make_site(node, adapter_class, record.config, name, record.extras)
+            except ConfigError as problem:
+                raise FormatError(f"{file.path}: {path}: {problem}") from problem
+            except LoraInjectError as problem:
+                problems.append(type(problem)(f"{path or '(root)'}: {problem}"))
                 continue
-            site = make_site(node, adapter_class, record.config, name, record.extras)
-        except ConfigError as problem:
-            raise FormatError(f"{file.header.path}: {path}: {problem}") from problem
-        except LoraInjectError as problem:
-            problems.append(type(problem)(f"{path or '(root)'}: {problem}"))
-            continue
-        wrong += _compare(file, record, site)
-        sites[path] = site
+            wrong += _compare(file, record, site)
+            group = sites.setdefault(path, [])
+            group.append(replace(site, owner=group[0].path) if group else site)
     if problems:
         raise type(problems[0])("\n".join(map(str, problems[:12])))
     if wrong:
-        raise MismatchError(f"{file.header.path}: {len(wrong)} tensors do not fit:\n{listing(wrong)}")
+        raise MismatchError(f"{file.path}: {len(wrong)} tensors do not fit:\n{listing(wrong)}")
     return sites
+
+
+def _class_for(record: SiteRecord, module: nn.Module) -> type[Adapter] | None:
+    """Returns the class of the record's kind, or what stands for it here, or serves the module as a further user."""
+    adapter_class, parameter = by_kind(record.kind), record.extras.get("parameter")
+    if _serves(adapter_class, module, parameter):
+        return adapter_class
+    found = adapter_for(module) if parameter is None else None
+    return found if found is not None and (record.aliases or found.stored_as == record.kind) else None
 
 
 def _serves(adapter_class: type[Adapter], module: nn.Module, parameter: str | None) -> bool:
@@ -122,7 +159,7 @@ def _serves(adapter_class: type[Adapter], module: nn.Module, parameter: str | No
     return module._parameters.get(parameter) is not None and adapter_class.can_adapt_parameter(module, parameter)
 
 
-def _compare(file: AdapterFile, record: SiteRecord, site: Site) -> list[str]:
+def _compare(file: Source, record: SiteRecord, site: Site) -> list[str]:
     """Returns a line for every tensor that is missing, unexpected, or of another shape or dtype."""
     entries = file.entries.get(record.path, {})
     lines = [f"{record.prefix}{key}: missing in the file" for key in site.layout if key not in entries]
@@ -137,30 +174,36 @@ def _compare(file: AdapterFile, record: SiteRecord, site: Site) -> list[str]:
     return lines
 
 
-def _check_base(file: AdapterFile, sites: Mapping[str, Site]) -> None:
-    real = {path: site for path, site in sites.items() if site.device.type != "meta"}
-    found = fingerprints((site.module, site.adapter_class.touches(site.extras)) for site in real.values())
-    differ = [path for path, base in zip(real, found, strict=True) if base != file.sites[path].base]
+def _check_base(file: Source, sites: Mapping[str, list[Site]], placed: Placed) -> None:
+    known = [
+        (path, node, site.adapter_class.touches(site.extras))
+        for path, group in sites.items()
+        for site, node in zip(group, placed[path], strict=True)
+        if site.device.type != "meta" and file.sites[path].base.get("hash") is not None
+    ]
+    found = fingerprints((node, names) for _, node, names in known)
+    differ = [path for (path, _, _), base in zip(known, found, strict=True) if base != file.sites[path].base]
     if differ:
         raise MismatchError(
-            f"{file.header.path}: made for other base weights: {len(differ)} of {len(sites)} sites differ:\n"
+            f"{file.path}: made for other base weights: {len(differ)} of {len(sites)} sites differ:\n"
             f"{listing(differ)}\nLoad it into its own base, or pass check_base=False if you know that this one will do."
         )
 
 
 @torch.no_grad()
-def _filled(file: AdapterFile, sites: Mapping[str, Site]) -> list[Adapter]:
-    """Returns one adapter per site, holding the file's numbers."""
-    keys = [f"{file.sites[path].prefix}{key}" for path, site in sites.items() for key in site.layout]
-    tensors = read_tensors(file.header, keys)
+def _filled(file: Source, sites: Mapping[str, list[Site]]) -> list[Adapter]:
+    """Returns one adapter per site, holding the file's numbers; those of one record share them."""
+    keys = [f"{file.sites[path].prefix}{key}" for path, group in sites.items() for key in group[0].layout]
+    tensors = file.read(keys)
     if not all_finite(tensors.values()):
         bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-        raise FormatError(f"{file.header.path}: NaN or infinity in {len(bad)} tensors:\n{listing(bad)}")
-    built = []
-    for path, site in sites.items():
-        adapter = build(site)
-        prefix = file.sites[path].prefix
-        for key, parameter in parameters_of(adapter):
-            parameter.copy_(tensors[prefix + key])
-        built.append(adapter)
+        raise FormatError(f"{file.path}: NaN or infinity in {len(bad)} tensors:\n{listing(bad)}")
+    built: list[Adapter] = []
+    for path, group in sites.items():
+        owner, *members = [build(site) for site in group]
+        for key in group[0].layout:
+            owner._parameters[key].copy_(tensors[f"{file.sites[path].prefix}{key}"])  # type: ignore[union-attr]
+        for member in members:
+            share(owner, member)
+        built += [owner, *members]
     return built

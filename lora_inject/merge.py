@@ -14,9 +14,11 @@ from .commit import all_or_nothing
 from .config import check_option
 from .errors import StateError
 from .host import Host
-from .merging import ENOUGH, Merged, MergeOptions, merge_host, shared_parameters, unmerge_host
+from .merge_job import ENOUGH, Merged, MergeOptions
+from .merging import merge_host, unmerge_host
 from .refs import AdapterRef, adapters, by_host, pick
 from .tables import percent, table
+from .ties import Ties, find_ties
 from .tree import walk
 
 
@@ -46,10 +48,11 @@ class MergeReport:
         if not self.lossy:
             return ""
         worst = min(self.lossy, key=lambda row: row.survives)
+        wider = "" if worst.requantized else "merge with dtype=torch.float32 to store them wider, "
         return (
             f"{len(self.lossy)} of {len(self)} merged parameters keep less than {percent(ENOUGH)} of their update "
-            f"after rounding, {worst.path} only {percent(max(0.0, worst.survives))}: merge with dtype=torch.float32 to "
-            "store them wider, merge into a float32 copy of the base, or keep the adapter unmerged"
+            f"after rounding, {worst.path} only {percent(max(0.0, worst.survives))}: {wider}merge into a float32 copy "
+            "of the base, or keep the adapter unmerged"
         )
 
     @property
@@ -78,7 +81,7 @@ class MergeReport:
 
 def _cells(row: Merged) -> tuple[object, ...]:
     relative = "-" if row.relative is None else row.relative
-    flags = {"untied": row.untied, "created": row.created, "widened": row.widened}
+    flags = {"untied": row.untied, "created": row.created, "widened": row.widened, "requantized": row.requantized}
     note = ", ".join(flag for flag, is_set in flags.items() if is_set)
     return (row.path, "+".join(row.adapters), relative, percent(max(0.0, row.survives)), row.error, note)
 
@@ -89,6 +92,7 @@ def merge(
     keep: str = "residual",
     dtype: torch.dtype | None = None,
     accumulate: torch.dtype = torch.float32,
+    requantize: bool = False,
 ) -> MergeReport:
     """Writes W + delta into the weights of every host, for inference without extra cost; `unmerge` takes it back.
 
@@ -102,6 +106,8 @@ def merge(
             checksum), "copy" (the whole weight), or "nothing" (there is no way back).
         dtype: store the weights that lose more than a tenth of their update to rounding in this wider dtype.
         accumulate: form updates in float32, or in float64.
+        requantize: merge into quantized weights too: W is dequantized, and the sum rounded to the stored format, whose
+            error the report tells. Without it they are refused.
 
     Returns:
         A row per parameter: size of the update, how much of it the stored dtype keeps, what was untied.
@@ -113,9 +119,9 @@ def merge(
         ConfigError: an option's value cannot be used.
         StateError: merged already, switched off, disabled or scaled by an open context, unknown, of a whole block
             (which has no weight), or a sum that is not finite in the weight's dtype. Nothing is changed then.
-        UnsupportedError: a parameter that is computed, so that nothing can be written into it.
+        UnsupportedError: a parameter that is computed and cannot come out as the sum, or is quantized or offloaded.
     """
-    for option, value in (("keep", keep), ("dtype", dtype), ("accumulate", accumulate)):
+    for option, value in (("keep", keep), ("dtype", dtype), ("accumulate", accumulate), ("requantize", requantize)):
         check_option(option, value)
     wanted = pick(model, names)
     refs = [ref for ref in adapters(model) if ref.name in wanted]
@@ -125,17 +131,39 @@ def merge(
             raise StateError("nothing to merge: every adapter is merged already or switched off")
     for ref in refs:
         _check_mergeable(ref)
-    options = MergeOptions(keep=keep, dtype=dtype, accumulate=accumulate, shared=shared_parameters(model))
+    ties = find_ties(model)
+    work = _work(model, refs, ties)
+    holding = {id(host): names for host, _, names in work}
+    options = MergeOptions(
+        keep=keep, dtype=dtype, accumulate=accumulate, requantize=requantize, ties=ties, holding=holding
+    )
     rows: list[Merged] = []
     with all_or_nothing() as undo:
-        for group in by_host(refs):
-            host: Any = group[0].module
-            held = dict.fromkeys((*host.adapters.merged_names(), *(ref.name for ref in group)))
-            rows += merge_host(host, group[0].host_path, tuple(held), options, undo)
+        for host, _, _ in work:
+            # All before the first is written: a tied weight that is merged for two must be whole when one leaves.
+            unmerge_host(host, undo)
+        for host, path, holds in work:
+            rows += merge_host(host, path, holds, options, undo)
     report = MergeReport(tuple(rows))
     if report.lossy:
         warnings.warn(report.advice, RoundingWarning, stacklevel=2)
     return report
+
+
+Work = tuple[Any, str, tuple[str, ...]]
+"""A host, its path, and the adapters that it holds merged when all is done."""
+
+
+def _work(model: nn.Module, refs: list[AdapterRef], ties: Ties) -> list[Work]:
+    """Returns the hosts to merge, and those that are merged now and hold a weight of one of them."""
+    found: list[Work] = []
+    circle = ties.circle(ref.module for ref in refs)
+    for group in by_host(adapters(model)):
+        host: Any = group[0].module
+        names = tuple(dict.fromkeys((*host.adapters.merged_names(), *(ref.name for ref in refs if ref.module is host))))
+        if id(host) in circle and names:
+            found.append((host, group[0].host_path, names))
+    return found
 
 
 def _check_mergeable(ref: AdapterRef) -> None:

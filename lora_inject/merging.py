@@ -4,127 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from .adapter import Rows, wide
-from .blocks import add_rows, row_blocks, total_rows
 from .commit import Undo
-from .errors import StateError, UnsupportedError
-from .host import Adapters, Host, base_tensor
-from .keeping import Copy, Kept, Nothing, Replaced, overwrite
-from .residual import InPlace, Residual
-from .tree import held, tied, walk
-
-ENOUGH = 0.9
-"""Share of an update that must survive rounding for a merge to go without a warning."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MergeOptions:
-    """How a merge works; `li.merge` documents each."""
-
-    keep: str = "residual"
-    dtype: torch.dtype | None = None
-    accumulate: torch.dtype = torch.float32
-    shared: frozenset[tuple[int, str]] = frozenset()
-    """From `shared_parameters`; these get memory of their own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """What a merge did to one parameter.
-
-    Attributes:
-        path: dotted path of the parameter.
-        adapters: names of the adapters that it holds now.
-        relative: Frobenius norm of the update over that of the weight; None where the host had no such parameter.
-        survives: how much of the update is left after rounding to the stored dtype: the projection of the change that
-            was stored on the update, over the update's own, at most 1.
-        error: largest distance of an element from the unrounded sum.
-        untied: whether the parameter was shared and got memory of its own.
-        created: whether the host had no such parameter before.
-        widened: whether it is stored in a wider dtype than before.
-        kept: bytes held for `unmerge`.
-    """
-
-    path: str
-    adapters: tuple[str, ...]
-    relative: float | None
-    survives: float
-    error: float
-    untied: bool
-    created: bool
-    widened: bool
-    kept: int
-
-
-@dataclass(slots=True)
-class _Tally:
-    """Adds up over blocks what the report says of a parameter."""
-
-    energy: float = 0.0
-    stored: float = 0.0
-    norm: float = 0.0
-    error: float = 0.0
-
-    def add(self, before: Tensor | None, total: Tensor, value: Tensor) -> None:
-        base = torch.zeros_like(total) if before is None else wide(before)
-        change = wide(value) - base
-        self.energy += float(total.double().square().sum())
-        self.stored += float((change.double() * total.double()).sum())
-        self.norm += float(base.double().square().sum())
-        self.error = max(self.error, float((change - total).abs().max()) if total.numel() else 0.0)
-
-    @property
-    def survives(self) -> float:
-        return min(1.0, self.stored / self.energy) if self.energy else 1.0
-
-
-@dataclass(slots=True)
-class _Job:
-    """One parameter of one host to merge into."""
-
-    host: Any
-    key: str
-    where: str
-    updates: list[Rows]
-    sources: list[Any]
-    axes: int
-    options: MergeOptions
-    tally: _Tally = field(default_factory=_Tally)
-
-    def value(self, before: Tensor | None, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Returns merged rows, rounded once, and the update that is in them."""
-        total = total_rows(self.updates, rows)
-        value = torch.empty(total.shape, dtype=dtype, device=total.device)
-        add_rows(before, total, value)
-        bad = ~torch.isfinite(value) if before is None else ~torch.isfinite(value) & torch.isfinite(before)
-        if bad.any():
-            raise StateError(
-                f"{self.where}: {int(bad.sum())} merged elements or more are not finite in {dtype}: the adapter holds "
-                "NaN or infinity, or the sum overflows; nothing was merged. Check the adapter's parameters, or cast "
-                "the base to a wider dtype"
-            )
-        self.tally.add(before, total, value)
-        return value, total
-
-
-def shared_parameters(model: nn.Module) -> frozenset[tuple[int, str]]:
-    """Returns the parameters that are shared with other modules, as they are without any merge."""
-    nodes = walk(model)
-    originals = [
-        (node.module, key, way.parameter)
-        for node in nodes
-        if isinstance(node.module, Host)
-        for key, way in node.module.adapters.kept.items()
-        if isinstance(way, Replaced) and way.parameter is not None
-    ]
-    return tied((*held(nodes), *originals))
+from .computed import computed_weight
+from .errors import UnsupportedError
+from .host import Adapters
+from .keeping import Kept, Replaced, Through
+from .merge_job import Job, Merged, MergeOptions, report_row
+from .merge_ways import merge_parameter
+from .quantized import stored_weight
 
 
 @torch.no_grad()
@@ -152,9 +44,13 @@ def merge_host(host: Any, path: str, names: Sequence[str], options: MergeOptions
     ]
     rows = []
     for key in dict.fromkeys(key for source in sources for key in source.delta_names(host)):
-        job = _job(host, key, f"{path}.{key}" if path else key, sources, options)
-        kept = _merge_parameter(job, undo)
-        rows.append(_row(job, names, kept))
+        leader = options.ties.leader(host, key, options.holding)
+        if leader is not None and leader[0] is not host:
+            _follow(host, key, leader, undo)
+            continue
+        job = _job(host, key, f"{path}.{key}" if path else key, sources, options, leader is None)
+        kept = merge_parameter(job, undo)
+        rows.append(report_row(job, names, kept))
     for adapter in members:
         undo(partial(setattr, adapter, "merged", adapter.merged))
         adapter.merged = True
@@ -165,13 +61,14 @@ def _widen(adapter: Any, options: MergeOptions) -> bool:
     return options.accumulate == torch.float64 and next(adapter.parameters()).dtype != torch.float64
 
 
-def _job(host: Any, key: str, where: str, sources: list[Any], options: MergeOptions) -> _Job:
-    if key not in host._parameters:
+def _job(host: Any, key: str, where: str, sources: list[Any], options: MergeOptions, alone: bool) -> Job:
+    computed = None if key in host._parameters else computed_weight(host, key)
+    if key not in host._parameters and computed is None:
         raise UnsupportedError(
-            f"{where} is computed from other parameters (weight_norm, parametrize), so nothing can be merged into it: "
-            "remove the parametrization first, or keep the adapter unmerged"
+            f"{where} is computed in a way that is unknown here, so nothing can be merged into it: keep the adapter "
+            "unmerged"
         )
-    current = host._parameters[key]
+    current = host._parameters.get(key)
     if current is not None and current.is_meta:
         raise UnsupportedError(
             f"{where} is on the meta device (offloaded, or not loaded yet), so there are no numbers to merge into: "
@@ -179,93 +76,27 @@ def _job(host: Any, key: str, where: str, sources: list[Any], options: MergeOpti
         )
     using = [source for source in sources if key in source.delta_names(host)]
     axes = using[0].row_axes if key == using[0].updates[0] else 1
-    return _Job(host, key, where, [source.delta_rows(host, key) for source in using], using, axes, options)
+    stored = stored_weight(host) if key == "weight" else None
+    if stored is not None and not options.requantize:
+        raise UnsupportedError(
+            f"{where} is quantized ({stored.format}), and the sum would have to be rounded to that format anew, which "
+            "can take much of the update: merge with requantize=True and look at the error in the report, merge into "
+            "the base that was quantized, or keep the adapter unmerged"
+        )
+    unties = alone and (id(host), key) in options.ties.shared
+    updates = [source.delta_rows(host, key) for source in using]
+    return Job(host, key, where, updates, using, axes, options, unties, stored, computed)
 
 
-def _merge_parameter(job: _Job, undo: Undo) -> Kept:
-    """Merges one parameter the way that its state and the options ask for."""
-    current, options = job.host._parameters[job.key], job.options
-    if current is None or (id(job.host), job.key) in options.shared:
-        return _replace(job, current, base_tensor(job.host, job.host.lora_names[0]).dtype, undo)
-    flat = current.detach().flatten(0, job.axes - 1)
-    in_place = flat.data_ptr() == current.data_ptr()
-    if options.keep == "copy" or current.dim() < 2 or not in_place:
-        kept: Kept = _copy(job, current, undo)
-    else:
-        kept = _residual(job, current, flat, undo)
-    if options.dtype is not None and job.tally.survives < ENOUGH and options.dtype.itemsize > current.element_size():
-        kept.restore(job.host, job.key, undo)
-        job.host.adapters.kept.pop(job.key)
-        job.tally = _Tally()
-        kept = _replace(job, current, options.dtype, undo)
-    return kept
-
-
-def _replace(job: _Job, current: nn.Parameter | None, dtype: torch.dtype, undo: Undo) -> Kept:
-    """Gives the host a Parameter of its own that holds the sum."""
-    if current is None:
-        value, _ = job.value(None, slice(None), dtype)
-        trains = job.host._parameters[job.host.lora_names[0]].requires_grad
-    else:
-        flat = current.detach().flatten(0, job.axes - 1)
-        blocks = row_blocks(current.shape, job.axes)
-        value = torch.cat([job.value(flat[rows], rows, dtype)[0] for rows in blocks]).reshape(current.shape)
-        trains = current.requires_grad
-    kept = Replaced(current)
-    _keep(job, kept, undo)
-    kept_before = partial(job.host._parameters.__setitem__, job.key, current)
-    undo(kept_before)
-    job.host._parameters[job.key] = nn.Parameter(value, requires_grad=trains)
-    return kept
-
-
-def _copy(job: _Job, current: nn.Parameter, undo: Undo) -> Kept:
-    """Writes the sum in place and keeps a copy of the original."""
-    kept = Copy(current.detach().clone())
-    flat = kept.tensor.flatten(0, job.axes - 1)
-    blocks = row_blocks(current.shape, job.axes)
-    value = torch.cat([job.value(flat[rows], rows, current.dtype)[0] for rows in blocks]).reshape(current.shape)
-    _keep(job, kept, undo)
-    undo(partial(overwrite, current, kept.tensor))
-    overwrite(current, value)
-    return kept
-
-
-def _residual(job: _Job, current: nn.Parameter, flat: Tensor, undo: Undo) -> Kept:
-    """Writes the sum in place, block by block, and keeps what subtraction would not give back."""
-    kept = Residual(job.sources, current.shape, job.axes)
-    writer = InPlace(flat, kept.blocks)
-    kept.prove(flat)
-    undo(lambda: writer.back(lambda position: kept.recover(flat, job.updates, position)))
-    for position, rows in enumerate(kept.blocks):
-        before = flat[rows].clone()
-        value, total = job.value(before, rows, current.dtype)
-        kept.note(before, value, total)
-        writer.write(position, value)
-    found: Kept = Nothing() if job.options.keep == "nothing" else kept
-    _keep(job, found, undo)
-    return found
-
-
-def _keep(job: _Job, kept: Kept, undo: Undo) -> None:
-    undo(partial(job.host.adapters.kept.pop, job.key, None))
-    job.host.adapters.kept[job.key] = kept
-
-
-def _row(job: _Job, names: Sequence[str], kept: Kept) -> Merged:
-    tally, before = job.tally, kept.parameter if isinstance(kept, Replaced) else job.host._parameters[job.key]
-    widened = before is not None and before.dtype != job.host._parameters[job.key].dtype
-    return Merged(
-        path=job.where,
-        adapters=tuple(names),
-        relative=(tally.energy / tally.norm) ** 0.5 if tally.norm else None,
-        survives=tally.survives,
-        error=tally.error,
-        untied=before is not None and (id(job.host), job.key) in job.options.shared,
-        created=before is None,
-        widened=widened,
-        kept=kept.size,
-    )
+def _follow(host: Any, key: str, leader: tuple[Any, str], undo: Undo) -> None:
+    """Takes over a tied parameter into which its first holder has merged the same update."""
+    first, name = leader
+    inner, current = host.adapters, host._parameters[key]
+    undo(partial(inner.kept.pop, key, None))
+    undo(partial(host._parameters.__setitem__, key, current))
+    moved = first._parameters[name] is not current
+    inner.kept[key] = Replaced(current) if moved else Through(first, name)
+    host._parameters[key] = first._parameters[name]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from .errors import LoraInjectError, TargetError, UnsupportedError, listing
 from .host import base_class
 from .recipe import Recipe
 from .selection import Candidate, Selection
-from .sites import Site, make_site
+from .sites import Site, make_site, share_sites
 from .tables import dims, percent, table
 from .targets import Target, as_targets, is_literal, matcher, nearest_paths
 from .tree import Node, walk
@@ -42,6 +42,8 @@ class Plan:
     skipped: tuple[Skipped, ...]
     hits: Mapping[str, int]
     model_parameters: int
+    notes: tuple[str, ...] = ()
+    """What the user should know of how a loaded file was understood."""
 
     @property
     def name(self) -> str:
@@ -75,6 +77,8 @@ class Plan:
         if self.skipped:
             rows = [(skip.path or "(root)", skip.kind, skip.why) for skip in self.skipped]
             parts.append(table(("skipped", "module", "why"), rows, limit=20))
+        if self.notes:
+            parts.append("\n".join(self.notes))
         return "\n\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,6 +91,7 @@ class Plan:
             "hits": dict(self.hits),
             "sites": [_site_dict(site) for site in self.sites],
             "skipped": [{"path": skip.path, "module": skip.kind, "why": skip.why} for skip in self.skipped],
+            "notes": list(self.notes),
         }
 
 
@@ -97,7 +102,7 @@ def _row(site: Site, total: int) -> tuple[object, ...]:
         site.path or "(root)",
         kind,
         dims(site.shape),
-        site.adapter_class.kind,
+        site.adapter_class.kind if site.owner is None else f"{site.adapter_class.kind}, shares {site.owner}",
         site.config.rank,
         site.parameters,
         share,
@@ -115,6 +120,7 @@ def _site_dict(site: Site) -> dict[str, Any]:
         "scaling": site.config.scaling,
         "dtype": dtype_name(site.dtype),
         "parameters": site.parameters,
+        "owner": site.owner,
     }
 
 
@@ -146,6 +152,8 @@ def plan_nodes(nodes: Sequence[Node], targets: object, options: Mapping[str, Any
     for position, count in enumerate(hits):
         if not count:
             raise _no_site(selection, position, nodes, [c for c in candidates if position in c.hits], skipped)
+    if injection.share_tied:
+        sites = share_sites(sites)
     labels = [target.label for target in recipe.targets]
     return Plan(injection, tuple(sites), tuple(skipped), dict(zip(labels, hits, strict=True)), count_parameters(nodes))
 
@@ -230,6 +238,11 @@ def _no_site(
     other = sorted({base_class(node.module).__name__ for node in nodes if selection.matches(position, node)})
     if other:
         kinds = ", ".join(other)
+        if target.type is None:
+            return TargetError(
+                f"target {target.pattern!r}: adapter={target.adapter!r} finds nothing to serve in {kinds} itself: "
+                f"select what is inside, for example {f'{target.pattern}.*'!r}"
+            )
         return TargetError(f"target {target.pattern!r}: type={target.type!r} fits none of its modules ({kinds})")
     return TargetError(
         f"target {target.pattern!r} matches no module: a pattern covers the whole dotted path. "

@@ -15,7 +15,7 @@ class Recipe:
 
     Attributes:
         targets: the patterns with their overrides, in order.
-        injection: name, options, exclude, freeze and seed.
+        injection: name, options, exclude, freeze, share_tied and seed.
         description: what the recipe is for.
     """
 

@@ -114,6 +114,7 @@ class RecipeKeys(SiteKeys):
     )
     dtype: str | None = _choice("Dtype of A and B, null for what suits the base", tuple(DTYPES), None)
     freeze: bool = _key("Stop everything but adapters from training: true or false.")
+    share_tied: bool = _key("Sites that hold one and the same weight share one pair: true or false.")
     seed: int | None = _key("Draws A reproducibly: a whole number from 0 to below 2^63, or null.", ge=0, lt=2**63)
 
 

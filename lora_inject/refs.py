@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter import Adapter, parameters_of
 from .bulk import uncollected
@@ -63,7 +64,7 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
         StateError: no adapter has that name.
     """
     names = pick(model, () if name is None else (name,))
-    return {
+    found = {
         f"{node.key}adapters.{held}.{key}": parameter
         for node in walk(model)
         if isinstance(node.module, Host)
@@ -71,6 +72,18 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
         if held.partition("@")[0] in names
         for key, parameter in parameters_of(adapter)
     }
+    return unique(found)
+
+
+T = TypeVar("T", bound=Tensor)
+
+
+def unique(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Returns the tensors that several adapters share once, under the first of their keys."""
+    first: dict[int, str] = {}
+    for key, tensor in tensors.items():
+        first.setdefault(id(tensor), key)
+    return {key: tensors[key] for key in first.values()}
 
 
 def pick(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,7 +1,14 @@
-"""Which adapter class serves a module: the first whose `can_adapt` says yes, newest first."""
+"""Which adapter class serves a module: the first whose `can_adapt` says yes, newest first.
+
+Classes that a program registers are asked first, then those of installed plug-ins, then the built-in ones.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 from torch import nn
@@ -9,8 +16,13 @@ from torch import nn
 from .adapter import Adapter
 from .errors import ConfigError, did_you_mean
 
+PLUGINS = "lora_inject.adapters"
+"""Group of the entry points by which installed packages bring adapter classes; each names one class."""
+
 A = TypeVar("A", bound=type[Adapter])
 _classes: list[type[Adapter]] = []
+_loading = threading.RLock()
+_loaded = False
 
 
 def register(adapter_class: A) -> A:
@@ -33,13 +45,55 @@ def register(adapter_class: A) -> A:
 
 
 def registered() -> tuple[type[Adapter], ...]:
-    """Returns the registered classes in the order in which they are asked."""
+    """Returns the registered classes in the order in which they are asked, those of plug-ins included.
+
+    Raises:
+        ConfigError: a plug-in cannot be loaded.
+    """
+    global _loaded
+    with _loading:
+        if not _loaded:
+            # Set first, as a plug-in may plan while it is imported.
+            _loaded = True
+            with _undone_on_error():
+                _load_plugins()
     return tuple(_classes)
+
+
+@contextmanager
+def _undone_on_error() -> Iterator[None]:
+    global _loaded
+    before = list(_classes)
+    try:
+        yield
+    except BaseException:
+        _classes[:], _loaded = before, False
+        raise
+
+
+def _load_plugins() -> None:
+    built_in = f"{__package__}.adapters."
+    first = [known for known in _classes if not known.__module__.startswith(built_in)]
+    for entry in entry_points(group=PLUGINS):
+        try:
+            register(entry.load())
+        except Exception as error:
+            raise ConfigError(
+                f"the plug-in {_label(entry)} cannot be loaded: {type(error).__name__}: {error}. "
+                "Update or uninstall that package"
+            ) from error
+    taken = {known.kind for known in first}
+    _classes[:] = [*first, *(known for known in _classes if known.kind not in taken)]
+
+
+def _label(entry: EntryPoint) -> str:
+    package = "" if entry.dist is None else f" of the package {entry.dist.name!r}"
+    return f"{entry.name!r} ({entry.value}){package}"
 
 
 def adapter_for(module: nn.Module) -> type[Adapter] | None:
     """Returns the class that serves the module, or None where none can."""
-    for known in _classes:
+    for known in registered():
         if not known.on_request and known.can_adapt(module):
             return known
     return None
@@ -47,8 +101,8 @@ def adapter_for(module: nn.Module) -> type[Adapter] | None:
 
 def adapter_for_parameter(module: nn.Module, name: str) -> type[Adapter] | None:
     """Returns the class that serves one parameter of the module, or None where none can."""
-    for known in _classes:
-        if known.can_adapt_parameter(module, name):
+    for known in registered():
+        if not known.on_request and known.can_adapt_parameter(module, name):
             return known
     return None
 
@@ -59,7 +113,7 @@ def by_kind(kind: object) -> type[Adapter]:
     Raises:
         ConfigError: no class of that kind is registered.
     """
-    for known in _classes:
+    for known in registered():
         if kind is known or kind == known.kind:
             return known
     raise ConfigError(f"adapter {kind!r} is not registered: {did_you_mean(str(kind), [c.kind for c in _classes])}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -117,7 +118,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not isinstance(raw, dict):
         raise FormatError(f"{path}: header is not a JSON object")
-    metadata = raw.pop("__metadata__", {})
+    metadata = raw.pop("__metadata__", None)
+    # mlx writes null where it has nothing to say.
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{path}: __metadata__ must map strings to strings")
     tensors = {name: _entry(entry, f"{path}: tensor {name!r}") for name, entry in raw.items()}
@@ -223,24 +226,34 @@ def _joined(batch: list[Tensor]) -> Tensor:
     return batch[0] if len(batch) == 1 else torch.cat([tensor.reshape(-1) for tensor in batch])
 
 
+def stamp(path: Path, head: int) -> bytes:
+    """Returns what tells one state of a file from another: a hash of its first bytes, its size and its time."""
+    with path.open("rb") as file:
+        state = os.fstat(file.fileno())
+        content = hashlib.blake2b(file.read(head)).digest()
+    return content + f"{path.name}:{state.st_size}:{state.st_mtime_ns}".encode("utf-8", "surrogatepass")
+
+
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
     """Writes a safetensors file under a temporary name beside `path`, syncs it to disk, and renames it.
 
     Raises:
         FormatError: the folder does not exist or the disk does not take the file; an older file stays as it was.
     """
+    return write_whole(path, lambda beside: _write(beside, tensors, metadata))
+
+
+def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
+    """Lets `write` fill a temporary file beside `path`, syncs it to disk, and renames it.
+
+    Raises:
+        FormatError: the folder does not exist or the disk does not take the file; an older file stays as it was.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    # Wide elements first, so that none lies across its own size in the file; the sort is stable.
-    order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     try:
-        header = _written_header(order, metadata)
-        with beside.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            for batch in _batches(tensor.detach() for _, tensor in order):
-                file.write(_raw(_joined(batch)))
-            file.flush()
-            os.fsync(file.fileno())
+        write(beside)
+        _sync(beside)
         os.replace(beside, path)
         _sync(path.parent)
     except (OSError, UnicodeEncodeError) as error:
@@ -248,6 +261,16 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     finally:
         beside.unlink(missing_ok=True)
     return path
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    # Wide elements first, so that none lies across its own size in the file; the sort is stable.
+    order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    header = _written_header(order, metadata)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for batch in _batches(tensor.detach() for _, tensor in order):
+            file.write(_raw(_joined(batch)))
 
 
 def _written_header(order: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:

@@ -50,6 +50,7 @@ class Selection:
     def __init__(self, targets: Sequence[Target]) -> None:
         self.targets = targets
         self.tests: list[Callable[[str], bool]] = [matcher(target.pattern) for target in targets]
+        self.asking = any(target.adapter is not None for target in targets)
 
     def candidates(self, nodes: Sequence[Node]) -> list[Candidate]:
         """Returns everything that a target selects, in the order of the tree, each module or parameter once."""
@@ -70,12 +71,13 @@ class Selection:
         hits = self._hits(node) | inherited.pop(id(module), set())
         if not hits and not module._parameters:
             return
-        asked = [self.targets[i].adapter for i in sorted(hits) if self.targets[i].adapter is not None]
-        adapter_class = by_kind(asked[-1]) if asked else adapter_for(module)
+        adapter_class = self._asked(hits) or adapter_for(module)
         parts = adapter_class.parts(module) if adapter_class is not None else ()
         if parts is None:
             if hits:
                 yield Candidate(node, None, adapter_class, tuple(sorted(hits)))
+            if self.asking:
+                yield from self._asked_parameters(node)
             return
         if adapter_class is None and hits:
             yield Candidate(node, None, None, tuple(sorted(hits)))
@@ -83,6 +85,19 @@ class Selection:
             for name in adapter_class.also(module):
                 inherited[id(module._modules[name])] |= hits
         yield from self._parameters(node, adapter_class, parts, hits)
+
+    def _asked(self, hits: set[int]) -> type[Adapter] | None:
+        """Returns the class that the last of these targets with a wish asks for, or None."""
+        asked = [self.targets[i].adapter for i in sorted(hits) if self.targets[i].adapter is not None]
+        return by_kind(asked[-1]) if asked else None
+
+    def _asked_parameters(self, node: Node) -> Iterator[Candidate]:
+        """Yields parameters of a module served as a whole that a target selects by path with a class of its own."""
+        for name, parameter in node.module._parameters.items():
+            hits = self._hits(node, name) if parameter is not None else set()
+            asked = self._asked(hits)
+            if asked is not None and asked.can_adapt_parameter(node.module, name):
+                yield Candidate(node, name, asked, tuple(sorted(hits)))
 
     def _parameters(
         self, node: Node, owner: type[Adapter] | None, parts: tuple[str, ...], hits: set[int]
@@ -97,10 +112,11 @@ class Selection:
                 continue
             own = self._hits(node, name)
             wanted = own | hits if name in parts else own
-            if owner is None:
+            served: type[Adapter] | None = self._asked(own) or owner
+            if served is None:
                 served = adapter_for_parameter(node.module, name) if wanted else None
-            else:
-                served = owner if owner.can_adapt_parameter(node.module, name) else None
+            elif not served.can_adapt_parameter(node.module, name):
+                served = None
             # A bias or norm that matches only because its module does is not worth a line in the plan.
             if wanted and (served is not None or not own <= hits):
                 yield Candidate(node, name, served, tuple(sorted(wanted)))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from .adapter import Adapter, Layout
 from .config import SiteConfig, derive
-from .errors import ConfigError, StateError, UnsupportedError, did_you_mean
+from .errors import ConfigError, StateError, TargetError, UnsupportedError, did_you_mean
 from .host import Host, base_class, base_tensor, family_for, is_outermost, slot
 from .tree import INNER, Node
 
@@ -33,6 +33,7 @@ class Site:
         key: prefix of the module's entries in the state dict.
         dtype: dtype of the adapter's parameters.
         device: device of the adapter's parameters.
+        owner: path of the site whose adapter's parameters this one shares, or None.
     """
 
     path: str
@@ -46,11 +47,12 @@ class Site:
     key: str
     dtype: torch.dtype
     device: torch.device
+    owner: str | None = None
 
     @property
     def parameters(self) -> int:
-        """How many numbers the adapter holds."""
-        return sum(math.prod(shape) for shape in self.layout.values())
+        """How many numbers the adapter holds of its own."""
+        return 0 if self.owner is not None else sum(math.prod(shape) for shape in self.layout.values())
 
     @property
     def prefix(self) -> str:
@@ -82,10 +84,12 @@ def make_site(
                 f"adapter {adapter_class.kind!r} has no option {option!r}: {did_you_mean(option, adapter_class.extras)}"
             )
     parameter = extras.get("parameter")
+    if parameter is None and not adapter_class.can_adapt(module):
+        raise UnsupportedError(f"adapter {adapter_class.kind!r} does not serve {base_class(module).__name__}")
     names = adapter_class.touches(extras)
     _check_free(module, slot(name, parameter))
     _check_class(module, adapter_class, names)
-    dtype, device = _check_tensors(module, names)
+    dtype, device = _check_tensors(node, adapter_class, names)
     if config.dtype is None:
         half = dtype.itemsize < 4
         config = derive(config, (("dtype", torch.float32 if half else dtype),))
@@ -129,14 +133,14 @@ def _check_class(module: nn.Module, adapter_class: type[Adapter], names: tuple[s
     if isinstance(module, torch.jit.ScriptModule):
         raise UnsupportedError("a TorchScript module cannot be changed: inject before torch.jit.script or trace")
     family = family_for(adapter_class, module)
-    if family is None and not names:
+    if family is None and not (names and adapter_class.readable):
         raise UnsupportedError(
-            "its forward was replaced on the instance (by accelerate's hooks, say), past which an adapter of the whole "
-            "block cannot act: remove the hook, inject, and add the hook again"
+            "its forward was replaced on the instance (by accelerate's hooks, say), past which an adapter of a whole "
+            "block or of a quantized weight cannot act: remove the hook, inject, and add the hook again"
         )
     if not isinstance(module, Host):
         return
-    if module.lora_family is not None and module.lora_family is not family:
+    if None not in (module.lora_family, family) and module.lora_family is not family:
         raise UnsupportedError(
             f"carries adapters of kind {module.lora_family.kind!r}, beside which {adapter_class.kind!r} cannot work: "
             "uninject those first"
@@ -148,8 +152,11 @@ def _check_class(module: nn.Module, adapter_class: type[Adapter], names: tuple[s
         )
 
 
-def _check_tensors(module: nn.Module, names: tuple[str, ...]) -> tuple[torch.dtype, torch.device]:
-    """Returns dtype and device of the adapted weight."""
+def _check_tensors(
+    node: Node, adapter_class: type[Adapter], names: tuple[str, ...]
+) -> tuple[torch.dtype, torch.device]:
+    """Returns dtype and device of the adapted weight; where the module runs, if it is offloaded."""
+    module = node.module
     tensor: Any = base_tensor(module, names[0]) if names else next(module.parameters(), None)
     if tensor is None and not names:
         return torch.get_default_dtype(), torch.get_default_device()
@@ -157,9 +164,11 @@ def _check_tensors(module: nn.Module, names: tuple[str, ...]) -> tuple[torch.dty
         raise UnsupportedError(f"{base_class(module).__name__} has no parameter {names[0]!r}")
     if type(tensor) is not nn.Parameter:
         _check_special(tensor)
-    if not tensor.dtype.is_floating_point:
-        raise UnsupportedError(f"its weight has dtype {tensor.dtype}: only floating-point weights can be adapted")
-    return tensor.dtype, _working_device(module, tensor)
+    dtype = adapter_class.weight_dtype(tensor)
+    if not dtype.is_floating_point:
+        raise UnsupportedError(f"its weight has dtype {dtype}: only floating-point weights can be adapted")
+    away = node.away.device if node.away is not None and tensor.is_meta else None
+    return dtype, away or tensor.device
 
 
 def _check_special(tensor: Any) -> None:
@@ -171,11 +180,40 @@ def _check_special(tensor: Any) -> None:
         )
 
 
-def _working_device(module: nn.Module, tensor: Any) -> torch.device:
-    """Returns where the weight is while the module runs: accelerate brings an offloaded one there from elsewhere."""
-    if not tensor.is_meta:
-        return tensor.device  # type: ignore[no-any-return]
-    hook = module.__dict__.get("_hf_hook")
-    devices = [getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,))]
-    found = [device for device in devices if device is not None]
-    return torch.device(found[-1]) if found else tensor.device
+def share_sites(sites: Sequence[Site]) -> list[Site]:
+    """Returns the sites with one owner for all that hold one and the same weight.
+
+    Raises:
+        TargetError: no two sites hold the same weight.
+        UnsupportedError: sites that hold the same weight and cannot share; says what to change.
+    """
+    groups: dict[int, list[Site]] = {}
+    for site in sites:
+        for name in site.adapter_class.touches(site.extras)[:1]:
+            groups.setdefault(id(base_tensor(site.module, name)), []).append(site)
+    owners = {id(site.module): group[0] for group in groups.values() for site in group[1:]}
+    if not owners:
+        raise TargetError(
+            "share_tied=True, but no two selected sites hold the same weight: let the targets select every module that "
+            "does (the embedding and the head, say), or leave share_tied out"
+        )
+    for group in groups.values():
+        for site in group[1:]:
+            _check_shareable(group[0], site)
+    return [replace(site, owner=owners[id(site.module)].path) if id(site.module) in owners else site for site in sites]
+
+
+def _check_shareable(owner: Site, site: Site) -> None:
+    if "parameter" in owner.extras or "parameter" in site.extras:
+        why = "are single parameters: select the modules"
+    elif owner.config != site.config:
+        why = "differ in their options: give both targets the same"
+    elif owner.config.bias:
+        why = "would need biases at different places: use bias=False"
+    elif owner.layout != site.layout:
+        why = f"need factors of other shapes ({owner.layout} and {site.layout}): leave share_tied out"
+    else:
+        return
+    raise UnsupportedError(
+        f"{owner.path} and {site.path} hold one weight, but cannot share one adapter, since they {why}"
+    )

@@ -9,14 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapter import parameters_of
-from .adapter_file import SiteRecord, metadata
+from .adapter_file import SiteRecord
 from .bulk import uncollected
 from .errors import StateError
 from .fingerprint import fingerprints
-from .refs import AdapterRef, chosen
-from .safefile import write_tensors
+from .formats import Bundle, write_adapter
+from .refs import AdapterRef, chosen, unique
 from .sites import join
-from .tree import walk
+from .ties import pair_of
+from .tree import Node, walk
 
 
 @uncollected()
@@ -30,46 +31,70 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 
 
 def _tensors(refs: list[AdapterRef]) -> dict[str, Tensor]:
-    return {join(ref.path, key): parameter.detach() for ref in refs for key, parameter in parameters_of(ref.adapter)}
+    found = {join(ref.path, key): parameter for ref in refs for key, parameter in parameters_of(ref.adapter)}
+    return {key: parameter.detach() for key, parameter in unique(found).items()}
 
 
 @uncollected()
-def export(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> Path:
-    """Writes one adapter into a safetensors file that `load` and every safetensors reader can open.
+def export(
+    model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, format: str = "lora_inject"
+) -> Path:
+    """Writes one adapter into a file, by default of the format that docs/file-format.md describes.
 
-    The file holds the adapter's tensors, its options, and a fingerprint of the base; docs/file-format.md describes
-    it. It is written beside its final name, synced and renamed: an older file stays whole until then.
+    That file holds the adapter's tensors, its options, and a fingerprint of the base; `load` and every safetensors
+    reader can open it. It is written beside its final name, synced and renamed: an older file stays whole until then.
 
     Args:
         model: a model with adapters, merged or not.
-        path: the file to write.
+        path: the file to write, or the folder where the format is one.
         name: which adapter.
+        format: whose format; docs/formats.md lists them.
 
     Returns:
         The path of the file.
 
     Raises:
         StateError: no adapter has that name, or its parameters are on the meta device.
+        ConfigError: no such format.
+        UnsupportedError: the format cannot hold what the adapter does; names it.
         FormatError: the file cannot be written.
     """
-    nodes = walk(model)
-    refs = chosen(nodes, (name,))
-    state = _tensors(refs)
-    empty = next((key for key, tensor in state.items() if tensor.is_meta), None)
+    return write_adapter(bundle_of(model, name), path, format, model)
+
+
+def bundle_of(model: nn.Module, name: str = "default") -> Bundle:
+    """Returns one adapter of a model as a value: sites, options, fingerprints, and tensors that share its memory.
+
+    Raises:
+        StateError: no adapter has that name, or its parameters are on the meta device.
+    """
+    walked = walk(model)
+    chosen_refs = chosen(walked, (name,))
+    empty = next((key for key, tensor in _tensors(chosen_refs).items() if tensor.is_meta), None)
     if empty is not None:
         raise StateError(f"{empty} is on the meta device and holds no numbers: materialise the model first")
-    aliases = {id(node.module): node.paths[1:] for node in nodes}
-    bases = fingerprints((ref.module, ref.adapter.updates) for ref in refs)
-    records = [_record(ref, aliases[id(ref.module)], base) for ref, base in zip(refs, bases, strict=True)]
-    return write_tensors(path, state, metadata(name, records))
+    nodes = {id(node.module): node for node in walked}
+    groups: dict[int, list[AdapterRef]] = {}
+    for ref in chosen_refs:
+        groups.setdefault(pair_of(ref.adapter), []).append(ref)
+    owners = [refs[0] for refs in groups.values()]
+    bases = fingerprints((nodes[id(ref.module)], ref.adapter.updates) for ref in owners)
+    sites = {
+        refs[0].path: _record(refs, [nodes[id(ref.module)] for ref in refs], base)
+        for refs, base in zip(groups.values(), bases, strict=True)
+    }
+    entries = {ref.path: {key: p.detach() for key, p in parameters_of(ref.adapter)} for ref in owners}
+    return Bundle(Path("the model"), name, sites, entries)
 
 
-def _record(ref: AdapterRef, aliases: list[str], base: dict[str, Any]) -> SiteRecord:
-    adapter = ref.adapter
+def _record(refs: list[AdapterRef], nodes: list[Node], base: dict[str, Any]) -> SiteRecord:
+    """Returns the record of adapters that share their parameters; those of a single one in most cases."""
+    adapter = refs[0].adapter
+    paths = [join(path, ref.adapter.parameter) for ref, node in zip(refs, nodes, strict=True) for path in node.paths]
     return SiteRecord(
-        path=ref.path,
-        aliases=tuple(join(alias, adapter.parameter) for alias in aliases),
-        kind=adapter.kind,
+        path=paths[0],
+        aliases=tuple(paths[1:]),
+        kind=adapter.stored_as or adapter.kind,
         config=adapter.config,
         extras=adapter.describe(),
         base=base,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,13 @@ from .bulk import uncollected
 from .commit import Undo, all_or_nothing
 from .errors import StateError, UnsupportedError
 from .host import attach, class_for, detach, is_host, is_outermost, restorer
-from .merging import MergeOptions, bake_host, merge_host, shared_parameters, unmerge_host
+from .merge_job import MergeOptions
+from .merging import bake_host, merge_host, unmerge_host
+from .offload import guard, release
 from .plan import Plan, plan_nodes
-from .refs import AdapterRef, by_host, chosen
+from .refs import AdapterRef, adapters, by_host, chosen
 from .sites import Site
+from .ties import Ties, find_ties, share
 from .tree import Node, walk
 
 FROZEN = "_lora_inject_frozen"
@@ -50,6 +54,8 @@ def inject(model: nn.Module, targets: object, **options: Any) -> Plan:
             train_a (bool, True): False keeps A as it was drawn, so that nothing the size of the input is kept for the
                 backward pass (LoRA-FA).
             freeze (bool, True): everything but adapters stops training, until the last adapter goes.
+            share_tied (bool, False): sites that hold one and the same weight (a tied embedding and head) share one
+                pair A, B, which is trained from all its uses and merged into the weight without untying it.
             seed (int, None): draws A reproducibly, whatever the order of modules; None uses the global generator.
 
     Raises:
@@ -62,8 +68,12 @@ def inject(model: nn.Module, targets: object, **options: Any) -> Plan:
     planned = plan_nodes(nodes, targets, options)
     seed = planned.injection.seed
     built = [build(site) for site in planned]
+    by_path = {site.path: adapter for site, adapter in zip(planned, built, strict=True)}
     for site, adapter in zip(planned, built, strict=True):
-        adapter.reset(None if seed is None else _generator(seed, site.path))
+        if site.owner is None:
+            adapter.reset(None if seed is None else _generator(seed, site.path))
+        else:
+            share(by_path[site.owner], adapter)
     insert(nodes, planned, built)
     return planned
 
@@ -90,8 +100,16 @@ def insert(nodes: list[Node], planned: Plan, built: list[Adapter]) -> None:
         for site, adapter in zip(planned, built, strict=True):
             undo(restorer(site.module))
             attach(site.module, planned.name, adapter)
+        for hook in _offloading(nodes):
+            undo(partial(release, hook))
+            guard(hook)
         if planned.injection.freeze:
             _freeze(nodes, undo)
+
+
+def _offloading(nodes: list[Node]) -> list[Any]:
+    hooks = (node.away.hook for node in nodes if node.away is not None)
+    return list({id(hook): hook for hook in hooks}.values())
 
 
 def _freeze(nodes: list[Node], undo: Undo) -> None:
@@ -140,15 +158,18 @@ def uninject(model: nn.Module, name: str | None = None, *, keep_merged: bool = F
     refs = chosen(nodes, () if name is None else (name,))
     _check_removable(refs, keep_merged)
     names = tuple(dict.fromkeys(ref.name for ref in refs))
-    merged = any(ref.adapter.merged for ref in refs)
-    options = MergeOptions(shared=shared_parameters(model) if merged else frozenset())
+    ties = find_ties(model) if any(ref.adapter.merged for ref in refs) else Ties()
+    hosts = _leaving(model, refs, names, ties)
     with all_or_nothing() as undo:
+        _settle(hosts, keep_merged, ties, undo)
         for group in by_host(refs):
-            _settle(group[0], names, keep_merged, options, undo)
             undo(restorer(group[0].module))
         for ref in refs:
             detach(ref.module, ref.name, ref.adapter.parameter)
         if not any(is_host(node.module) for node in nodes):
+            for hook in _offloading(nodes):
+                undo(partial(guard, hook))
+                release(hook)
             _thaw_all(nodes, undo)
 
 
@@ -166,21 +187,44 @@ def _check_removable(refs: list[AdapterRef], keep_merged: bool) -> None:
             )
 
 
-def _settle(ref: AdapterRef, leaving: tuple[str, ...], keep: bool, options: MergeOptions, undo: Undo) -> None:
-    """Brings the host's parameters to what they must be once some adapters leave."""
-    host: Any = ref.module
-    path, merged = ref.host_path, host.adapters.merged_names()
-    staying = [name for name in merged if name not in leaving]
-    if not merged or merged == staying:
-        return
-    if not keep or staying:
-        unmerge_host(host, undo)
+@dataclass(frozen=True, slots=True)
+class _Leaving:
+    """A merged host that some adapters leave, or that holds a weight of one: what it holds now, and what stays."""
+
+    host: Any
+    path: str
+    merged: list[str]
+    staying: list[str]
+
+
+def _leaving(model: nn.Module, refs: list[AdapterRef], names: tuple[str, ...], ties: Ties) -> list[_Leaving]:
+    changed = [ref.module for ref in refs if ref.adapter.merged]
+    circle = ties.circle(changed)
+    found = []
+    for group in by_host(adapters(model)):
+        host: Any = group[0].module
+        merged = host.adapters.merged_names()
+        if id(host) in circle and merged:
+            found.append(_Leaving(host, group[0].host_path, merged, [name for name in merged if name not in names]))
+    return found
+
+
+def _settle(hosts: list[_Leaving], keep: bool, ties: Ties, undo: Undo) -> None:
+    """Brings the hosts' parameters to what they must be once some adapters leave."""
+    again = [one for one in hosts if one.staying]
+    for one in again if keep else hosts:
+        unmerge_host(one.host, undo)
     if keep:
-        if staying:
-            merge_host(host, path, [name for name in merged if name in leaving], options, undo)
-        _adopt(host, bake_host(host, undo), undo)
-    if staying:
-        merge_host(host, path, staying, options, undo)
+        _merge_all([replace(one, staying=[n for n in one.merged if n not in one.staying]) for one in again], ties, undo)
+        for one in hosts:
+            _adopt(one.host, bake_host(one.host, undo), undo)
+    _merge_all(again, ties, undo)
+
+
+def _merge_all(hosts: list[_Leaving], ties: Ties, undo: Undo) -> None:
+    options = MergeOptions(ties=ties, requantize=True, holding={id(one.host): one.staying for one in hosts})
+    for one in hosts:
+        merge_host(one.host, one.path, one.staying, options, undo)
 
 
 def _adopt(host: Any, created: list[str], undo: Undo) -> None:

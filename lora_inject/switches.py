@@ -14,8 +14,10 @@ from .config import check_option
 from .errors import StateError
 from .host import Host
 from .merge import merged_hosts
-from .merging import MergeOptions, merge_host, shared_parameters, unmerge_host
+from .merge_job import MergeOptions
+from .merging import merge_host, unmerge_host
 from .refs import adapters, chosen, pick
+from .ties import Ties, find_ties
 from .tree import walk
 
 
@@ -49,12 +51,18 @@ def _disabled(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
         yield
     finally:
         _mute(muted, -1)
-        options = MergeOptions(shared=shared_parameters(model) if merged else frozenset())
+        ties = find_ties(model) if merged else Ties()
+        held = {
+            path: [name for name in before[path] if isinstance(host, Host) and host.adapters.of([name])]
+            for path, host in merged.items()
+        }
+        options = MergeOptions(
+            ties=ties, requantize=True, holding={id(host): held[path] for path, host in merged.items()}
+        )
         with all_or_nothing() as undo:
             for path, host in merged.items():
-                held = [name for name in before[path] if isinstance(host, Host) and host.adapters.of([name])]
-                if held:
-                    merge_host(host, path, held, options, undo)
+                if held[path]:
+                    merge_host(host, path, held[path], options, undo)
 
 
 def _mute(adapters: list[dict[str, Any]], change: int) -> None:

@@ -17,6 +17,31 @@ INNER = "adapters"
 """The child of a host that holds its adapters; the walk does not enter it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Away:
+    """Where accelerate keeps a module's tensors while nothing runs; their own entries are on the meta device then."""
+
+    hook: Any
+    start: int
+    """Length of the state-dict prefix of the module that the hook sits on; it may hold whole subtrees."""
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the tensors are while the module runs."""
+        found = self.hook.execution_device
+        return None if found is None else torch.device(found)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """Returns the tensor with this key of the model's state dict."""
+        found: torch.Tensor = self.hook.weights_map[key[self.start :]]
+        return found
+
+
+def offloading(hook: Any) -> list[Any]:
+    """Returns those of accelerate's hooks, chained or single, that put a module's tensors away; none for None."""
+    return [one for one in getattr(hook, "hooks", (hook,)) if getattr(one, "offload", False)]
+
+
 @dataclass(slots=True)
 class Node:
     """One module of the tree.
@@ -25,11 +50,13 @@ class Node:
         module: the module itself.
         paths: its dotted paths without wrapper segments, first found first; the rest are aliases.
         key: the prefix of its entries in the model's state dict ("" for the root, else ends with ".").
+        away: where its tensors are, if accelerate offloads them.
     """
 
     module: nn.Module
     paths: list[str]
     key: str
+    away: Away | None = None
 
     @property
     def path(self) -> str:
@@ -47,34 +74,44 @@ def _unwrap(module: nn.Module, key: str) -> tuple[nn.Module, str]:
     return module, key
 
 
-def walk(model: nn.Module) -> list[Node]:
-    """Returns every module of the model once, in the order of `named_modules()`, adapters left out."""
+def walk(model: nn.Module, key: str = "", away: Away | None = None) -> list[Node]:
+    """Returns every module of the model once, in the order of `named_modules()`, adapters left out.
+
+    Args:
+        model: the root of the walk.
+        key: the prefix of its entries in the state dict, where it is part of a larger model.
+        away: where its tensors are, if a module above it has them offloaded.
+    """
     nodes: dict[int, Node] = {}
     above: set[int] = set()
 
-    def visit(module: nn.Module, path: str, key: str) -> None:
+    def visit(module: nn.Module, path: str, key: str, away: Away | None) -> None:
         if module._modules:
             module, key = _unwrap(module, key)
         ident = id(module)
         if ident in above:
             return
+        if "_hf_hook" in module.__dict__:
+            for hook in offloading(module.__dict__["_hf_hook"]):
+                away = Away(hook, len(key))
         node = nodes.get(ident)
         if node is None:
-            nodes[ident] = Node(module, [path], key)
+            nodes[ident] = Node(module, [path], key, away)
         elif path not in node.paths:
             node.paths.append(path)
         children = module._modules
         if not children:
             return
         above.add(ident)
+        inherited = away if away is not None and away.hook.place_submodules else None
         inner = INNER if getattr(type(module), "is_lora_host", False) else None
         start = f"{path}." if path else ""
         for name, child in children.items():
             if child is not None and name != inner:
-                visit(child, start + name, f"{key}{name}.")
+                visit(child, start + name, f"{key}{name}.", inherited)
         above.discard(ident)
 
-    visit(model, "", "")
+    visit(model, "", key, away)
     return list(nodes.values())
 
 

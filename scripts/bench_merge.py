@@ -3,8 +3,8 @@
 `python scripts/bench_merge.py` makes a Llama-shaped bfloat16 checkpoint of 1.3 GB and an adapter for its seven
 projections in a temporary folder, runs every contender several times, interleaved, each in a fresh process, and prints
 medians and ratios. `--quick` does the same at a few MB, to see that it runs. PEFT means loading with transformers,
-`PeftModel.from_pretrained`, `merge_and_unload` and `save_pretrained`. Times are those of the work itself, without the
-imports; memory is the peak of the process above that of one that has only imported torch.
+`PeftModel.from_pretrained`, `merge_and_unload` and `save_pretrained`. Times are those of the work itself,
+without the imports; memory is the peak of the process above that of one that has only imported torch.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def contenders(folder: Path, shard: str) -> dict[str, Callable[[], tuple[float, 
     return {
         "cp -r": lambda: run_cp(base, out, False),
         "cp -r, synced": lambda: run_cp(base, out, True),
-        "lora_inject": lambda: run_python(OURS, str(base), str(adapter), str(out)),
-        "PEFT": lambda: run_python(PEFT, str(base), str(adapter), str(out), shard),
+        "lora_inject, synced": lambda: run_python(OURS, str(base), str(adapter), str(out)),
+        "PEFT, not synced": lambda: run_python(PEFT, str(base), str(adapter), str(out), shard),
     }
 
 
@@ -143,14 +143,17 @@ def compare(folder: Path, shard: str) -> float:
 
 def report(found: dict[str, list[tuple[float, float]]], idle: float, size: int) -> str:
     seconds = {name: statistics.median(time for time, _ in results) for name, results in found.items()}
-    lines = ["| | seconds | of `cp -r` | of PEFT | peak above `import torch` |", "|---|---|---|---|---|"]
+    others = ["cp -r", "cp -r, synced", "PEFT, not synced"]
+    lines = [
+        f"| | seconds | {' | '.join(f'of {name}' for name in others)} | peak above `import torch` |",
+        "|---" * 6 + "|",
+    ]
     for name, results in found.items():
         peak = max(memory for _, memory in results)
         above = f"{(peak - idle) / 1e6:,.0f} MB" if peak else "-"
         took = seconds[name]
-        lines.append(
-            f"| {name} | {took:.2f} | {took / seconds['cp -r']:.2f} | {took / seconds['PEFT']:.3f} | {above} |"
-        )
+        ratios = " | ".join(f"{took / seconds[other]:.2f}" for other in others)
+        lines.append(f"| {name} | {took:.2f} | {ratios} | {above} |")
     rounds = len(next(iter(found.values())))
     return "\n".join([f"Checkpoint of {size / 1e9:.2f} GB, medians of {rounds} interleaved rounds.", "", *lines])
 

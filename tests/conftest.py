@@ -18,9 +18,9 @@ def _same_numbers_every_time():
 @pytest.fixture
 def clean_registry():
     """Lets a test register adapter classes without leaving them to the next one."""
-    before = list(registry._classes)
+    before, loaded = list(registry._classes), registry._loaded
     yield
-    registry._classes[:] = before
+    registry._classes[:], registry._loaded = before, loaded
 
 
 @pytest.fixture

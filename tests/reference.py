@@ -112,6 +112,11 @@ def parameter(base: nn.Module, p: Params, s: float) -> Params:
     return {"weight": s * torch.stack([torch.einsum("or,ri->oi", b, a) for b, a in pairs])}
 
 
+def full(base: nn.Module, p: Params, s: float) -> Params:
+    """W + s D."""
+    return {"weight": s * p["lora_dense"]}
+
+
 DELTAS = {
     "linear": linear,
     "transposed_linear": transposed_linear,
@@ -124,6 +129,7 @@ DELTAS = {
     "attention": parameter,
     "recurrent": parameter,
     "recurrent_cell": parameter,
+    "full": full,
 }
 """The update of the base's parameters, by kind of adapter."""
 

@@ -386,7 +386,7 @@ print(peak() - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_peak_memory_does_not_grow_with_the_checkpoint(tmp_path):
     peaks = []
-    for count in (8, 32):
+    for count in (16, 64):
         model = nn.Sequential(*[nn.Linear(1024, 2048, bias=False) for _ in range(count)]).to(torch.bfloat16)
         base = write(model, tmp_path / f"base{count}")
         adapter = adapt(model, tmp_path / f"{count}.safetensors", 1, ["*"])
@@ -394,4 +394,4 @@ def test_peak_memory_does_not_grow_with_the_checkpoint(tmp_path):
         done = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout))
     small, large = peaks
-    assert large < 600e6 and large - small < 8e6, peaks
+    assert large < 600e6 and large - small < 16e6, peaks

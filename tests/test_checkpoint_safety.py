@@ -258,7 +258,11 @@ def test_bytes_are_copied_through_memory_where_the_kernel_cannot(tmp_path, piece
     def refuse(*arguments):
         raise OSError(18, "Invalid cross-device link")
 
+    def unknown(*arguments):
+        raise OSError(95, "Operation not supported")
+
     monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    monkeypatch.setattr(os, "posix_fallocate", unknown, raising=False)
     merge_checkpoint(base, adapter, tmp_path / "out")
     assert content(tmp_path / "out") == whole
 
@@ -337,27 +341,67 @@ def test_a_base_that_shrinks_while_it_is_read(tmp_path, pieces, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def _torchrun(*words):
+    """Runs two ranks with the real launcher."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*run, *map(str, words)], capture_output=True, text=True, env=environment, timeout=200)
+
+
+def test_ranks_share_the_shards_and_rank_0_alone_reports(tmp_path, pieces):
+    base, adapter, whole = pieces
+    out = tmp_path / "out"
+    command = ["-m", "lora_inject", "merge", base, adapter, out]
+    planned = _torchrun(*command, "--dry-run", "--json")
+    assert (planned.returncode, json.loads(planned.stdout)["status"]) == (0, "planned")
+    assert not out.exists()
+
+    done = _torchrun(*command, "--json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert content(out) == whole
+    # One document and nothing else: a second rank's would make it unreadable.
+    report = json.loads(done.stdout)
+    assert report["status"] == "merged"
+    assert {row["path"] for row in report["parameters"]} == {f"l{i}.weight" for i in range(6)}
+    assert json.loads((out / "merge_report.json").read_bytes())["parameters"] == report["parameters"]
+
+    again = _torchrun(*command)
+    assert again.returncode == 0 and again.stdout.count("complete already") == 1
+    other = _torchrun("-m", "lora_inject", "merge", base, f"{adapter}:0.5", out)
+    assert other.returncode == 1 and "exists and is not empty" in other.stderr
+    assert content(out) == whole
+
+
 RANK = """
-import sys
-from lora_inject.checkpoint import merge_checkpoint
-report = merge_checkpoint(sys.argv[1], sys.argv[2], sys.argv[3], threads=1)
-assert report.status in ("merged", "continued") and len(report) == 6
+import os, signal, sys
+from lora_inject.checkpoint.journal import Journal
+from lora_inject.cli import main
+complete = Journal.complete
+def killed(self, name, number, samples=None):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    complete(self, name, number, samples)
+Journal.complete = killed
+sys.exit(main())
 """
 
 
-def test_ranks_share_the_shards_and_a_later_run_continues_theirs(tmp_path, pieces, monkeypatch):
+def test_a_killed_rank_ends_the_run_and_the_same_command_continues(tmp_path, pieces):
     base, adapter, whole = pieces
-    script = tmp_path / "rank.py"
+    script, out = tmp_path / "rank.py", tmp_path / "out"
     script.write_text(RANK)
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = [str(script), str(base), str(adapter), str(tmp_path / "out")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*run, *arguments], capture_output=True, text=True, env=environment, timeout=200)
+    dead = _torchrun(script, "merge", base, adapter, out)
+    assert dead.returncode != 0 and "SIGKILL" in dead.stderr
+    assert [place.name for place in out.iterdir()] == [WORK]
+    done = _torchrun("-m", "lora_inject", "merge", base, adapter, out, "--json")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert content(tmp_path / "out") == whole
+    assert json.loads(done.stdout)["status"] == "continued"
+    assert content(out) == whole
+
+
+def test_ranks_continue_what_one_process_left(tmp_path, pieces, monkeypatch):
+    base, adapter, whole = pieces
     _unfinished(base, adapter, tmp_path / "late", monkeypatch)
-    done = subprocess.run(
-        [*run, *arguments[:-1], str(tmp_path / "late")], capture_output=True, text=True, env=environment
-    )
+    done = _torchrun("-m", "lora_inject", "merge", base, adapter, tmp_path / "late")
     assert done.returncode == 0, done.stderr[-2000:]
     assert content(tmp_path / "late") == whole

@@ -20,8 +20,10 @@ pytestmark = quiet
 
 def test_every_class_is_covered():
     kinds = {variant.kind for variant in VARIANTS}
-    assert {known.kind for known in registered()} <= kinds, "add variants of the new class to tests/variants.py"
-    assert {known.kind for known in registered() if known.mergeable} <= set(DELTAS), "add its mathematics"
+    # tests/test_quantized.py holds the class for quantized weights to the contract: those cannot be cast.
+    known = [known for known in registered() if known.kind != "quantized_linear"]
+    assert {one.kind for one in known} <= kinds, "add variants of the new class to tests/variants.py"
+    assert {one.kind for one in known if one.mergeable} <= set(DELTAS), "add its mathematics"
 
 
 @every

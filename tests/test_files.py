@@ -252,7 +252,7 @@ def test_headers_that_contradict_themselves(path, header, why):
 
 def test_tensors_without_our_metadata_are_another_format(path):
     save_file(load_file(path), path)
-    refused(path, li.FormatError, "not a lora_inject adapter")
+    refused(path, li.FormatError, "not an adapter of a known format")
 
 
 def test_tensors_that_are_missing_unexpected_or_mis_shaped_are_all_listed(path):

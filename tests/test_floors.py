@@ -14,16 +14,21 @@ import lora_inject
 PACKAGE = Path(lora_inject.__file__).parent
 ROOT = PACKAGE.parent
 FLOORS = [
-    {"version", "errors", "tree", "tables", "commit", "recipe_yaml", "fused", "bulk"},
-    {"config", "safefile", "keeping", "verdicts", "inspected", "models", "model_inputs"},
+    {"version", "errors", "tree", "tables", "commit", "recipe_yaml", "fused", "bulk", "report.spectra"},
+    {"quantized"},
+    {"config", "safefile", "keeping", "verdicts", "inspected", "models", "model_inputs", "offload"},
     {"targets", "adapter", "adapter_file"},
     {"registry", "host", "recipe", "blocks"},
-    {"factored", "residual", "sites", "fingerprint", "recipe_schema", "inspection"},
-    {"adapters.*", "refs", "merging", "selection", "recipe_file"},
-    {"adapters", "plan", "merge", "state"},
-    {"surgery", "switches", "verify"},
-    {"loading", "formats.*"},
+    {"factored", "residual", "sites", "fingerprint", "recipe_schema", "ties", "computed"},
+    {"adapters.*", "formats.*", "refs", "merge_job", "selection", "recipe_file"},
+    {"adapters", "formats", "plan", "merge_ways"},
+    {"merging"},
+    {"merge"},
+    {"surgery", "switches", "verify", "state"},
+    {"loading"},
     {"checkpoint.*"},
+    {"convert", "report.*", "algebra.*"},
+    {"inspection"},
     {""},
     {"cli.*"},
     {"__main__"},
@@ -32,7 +37,19 @@ FLOORS = [
 each other as long as there is no cycle, "" is the package itself."""
 LATE = {"recipe": {"recipe_file"}}
 """Imports inside functions, of what only few users need, that go up; each is a decision."""
-HEAVY = ("transformers", "pydantic", "typer", "rich", "numpy.testing", "matplotlib", "peft", "accelerate", "click")
+HEAVY = (
+    "transformers",
+    "pydantic",
+    "typer",
+    "rich",
+    "numpy.testing",
+    "matplotlib",
+    "peft",
+    "accelerate",
+    "click",
+    "torchao",
+    "bitsandbytes",
+)
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
 FILES = {name.removesuffix(".__init__") if name != "__init__" else "": path for name, path in FILES.items()}
 

@@ -155,7 +155,7 @@ def test_an_exception_between_two_blocks_takes_all_back(small_blocks, monkeypatc
         monkeypatch.setattr(writer, "write", failing)
     else:
         monkeypatch.setattr(keeping, "overwrite", failing)
-        monkeypatch.setattr("lora_inject.merging.overwrite", failing)
+        monkeypatch.setattr("lora_inject.merge_ways.overwrite", failing)
     if keep == "copy" and stop == 3:
         getattr(li, call)(model)
         return

@@ -13,7 +13,7 @@ from snapshot import assert_same, raw, snapshot
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrize
 
 import lora_inject as li
 
@@ -159,36 +159,6 @@ def test_a_parametrization_on_top_is_refused_or_right_and_must_go_first(trained)
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
     li.uninject(layer)
     assert dict(snapshot(layer)["values"]) == before and type(layer) is nn.Linear
-
-
-@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
-def test_a_computed_weight_is_adapted_and_cannot_be_merged(wrap):
-    layer, x = wrap(nn.Linear(6, 5)).eval(), torch.randn(3, 6)
-    before, plain, w = snapshot(layer), layer(x), layer.weight.detach().clone()
-    li.inject(layer, "", rank=2)
-    assert torch.equal(layer(x), plain)
-    fill(layer)
-    adapter = layer.adapters["default"]
-    assert torch.allclose(layer(x), x @ (w + adapter.lora_B @ adapter.lora_A).T + layer.bias, atol=1e-5)
-    with pytest.raises(li.LoraInjectError, match=r"weight.*computed"):
-        li.merge(layer)
-    li.uninject(layer)
-    assert_same(before, layer)
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_the_old_weight_norm_whose_hook_sets_the_weight():
-    layer, x = nn.utils.weight_norm(nn.Linear(6, 5)), torch.randn(3, 6)
-    plain, before = layer(x), list(layer.state_dict())
-    li.inject(layer, "", rank=2)
-    assert torch.equal(layer(x), plain)
-    fill(layer)
-    adapter, parts = layer.adapters["default"], layer._parameters
-    v, g = parts["weight_v"], parts["weight_g"]
-    weight = v * g / v.norm(dim=1, keepdim=True) + adapter.lora_B @ adapter.lora_A
-    assert torch.allclose(layer(x), x @ weight.T + parts["bias"], atol=1e-5)
-    li.uninject(layer)
-    assert torch.equal(layer(x), plain) and list(layer.state_dict()) == before
 
 
 def test_a_reader_from_outside_gets_the_sum_and_the_parameter_when_nothing_acts():

@@ -184,7 +184,8 @@ def test_the_committed_schema_is_up_to_date():
 def test_the_schema_says_what_the_reader_takes():
     schema = json.loads(json_schema())
     target = schema["$defs"]["TargetKeys"]
-    assert set(schema["properties"]) == {*SITE_OPTIONS, "name", "description", "targets", "exclude", "freeze", "seed"}
+    rest = {"name", "description", "targets", "exclude", "freeze", "seed", "share_tied"}
+    assert set(schema["properties"]) == {*SITE_OPTIONS} | rest
     assert set(target["properties"]) == {*SITE_OPTIONS, "pattern", "type", "adapter"}
     assert schema["additionalProperties"] is False
     assert set(target["else"]["propertyNames"]["enum"]) == set(target["properties"])

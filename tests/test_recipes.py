@@ -30,7 +30,7 @@ def read(path):
         for target in found.targets
     ]
     site = {name: getattr(found.injection.site, name) for name in SITE_OPTIONS}
-    rest = {name: getattr(found.injection, name) for name in ("name", "exclude", "freeze", "seed")}
+    rest = {name: getattr(found.injection, name) for name in ("name", "exclude", "freeze", "seed", "share_tied")}
     return targets, site | rest
 
 
@@ -49,6 +49,7 @@ DEFAULTS = {
     "exclude": (),
     "freeze": True,
     "seed": None,
+    "share_tied": False,
 }
 EVERYTHING = """\
 name: my-adapter
@@ -65,6 +66,7 @@ factorization: balanced
 dtype: bfloat16
 freeze: false
 seed: 7
+share_tied: true
 exclude: ["*.head", 're:.*\\.5\\..*']
 targets:
   - "*.q_proj"
@@ -123,6 +125,7 @@ GOOD = [
             "dtype": torch.bfloat16,
             "train_a": False,
             "freeze": False,
+            "share_tied": True,
             "seed": 7,
             "exclude": ("*.head", "re:.*\\.5\\..*"),
         },
@@ -255,7 +258,7 @@ VALUES = [0, 1, 8, -1, 2**63, 0.5, 1.0, 8.0, -0.5, True, False, None, "", "8", "
 VALUES += ["pointwise", "float32", "float16", "int8", [8], {}]
 
 
-@pytest.mark.parametrize("option", [*SITE_OPTIONS, "freeze", "seed"])
+@pytest.mark.parametrize("option", [*SITE_OPTIONS, "freeze", "seed", "share_tied"])
 def test_a_recipe_and_a_call_take_the_same_values(recipe, option):
     for value in VALUES:
         try:

@@ -19,6 +19,7 @@ class BilinearAdapter(FactoredAdapter):
     """y = x1^T W x2 + b + scaling * (B (x1^T A x2 + a) + b'): A (rank, in1_features, in2_features), B (out, rank)."""
 
     kind = "bilinear"
+    portable = False
 
     @classmethod
     def can_adapt(cls, module: nn.Module) -> bool:

@@ -105,10 +105,10 @@ class ConvAdapter(FactoredAdapter):
         return _CONV[axes](inner, weight, bias, stride, 0, dilation, host.groups)
 
     def matrix(self, rows: slice = ALL) -> Tensor:
-        """Returns B A in the shape of the weight, summed over the rank."""
+        """Returns scaling * B A in the shape of the weight, summed over the rank."""
         if self.is_dense:
-            return wide(self.lora_dense[rows])
-        a, b = wide(self.lora_A), wide(self.lora_B[rows])
+            return wide(self.lora_dense[rows]) * self.scaling
+        a, b = wide(self.lora_A), wide(self.lora_B[rows]) * self.scaling
         axes = a.dim() - 2
         split = self._split(axes)
         product = b.movedim(1, -1).reshape(-1, a.shape[0]) @ a.reshape(a.shape[0], -1)

@@ -30,6 +30,8 @@ class ConvTransposeAdapter(FactoredAdapter):
     """
 
     kind = "conv_transpose"
+    transposed = True
+    portable = False
 
     @classmethod
     def can_adapt(cls, module: nn.Module) -> bool:
@@ -99,10 +101,10 @@ class ConvTransposeAdapter(FactoredAdapter):
         return config.bias
 
     def matrix(self, rows: slice = ALL) -> Tensor:
-        """Returns B A in the shape of the weight, or the dense update; of the given rows only."""
+        """Returns scaling * B A in the shape of the weight, or the dense update; of the given rows only."""
         if self.is_dense:
-            return wide(self.lora_dense[rows])
-        a, b = wide(self.lora_A), wide(self.lora_B[rows])
+            return wide(self.lora_dense[rows]) * self.scaling
+        a, b = wide(self.lora_A), wide(self.lora_B[rows]) * self.scaling
         product = b.movedim(1, -1).reshape(-1, a.shape[0]) @ a.reshape(a.shape[0], -1)
         return product.reshape(b.shape[0], *b.shape[2:], a.shape[1]).movedim(-1, 1)
 

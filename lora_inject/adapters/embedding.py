@@ -26,6 +26,7 @@ class EmbeddingAdapter(FactoredAdapter):
     """
 
     kind = "embedding"
+    transposed = True
     updates: tuple[str, ...] = ("weight",)
 
     @classmethod
@@ -85,9 +86,15 @@ class EmbeddingAdapter(FactoredAdapter):
         shift = self.row_shift()
         if shift is not None:
             rows = rows + shift.to(output.dtype)
-        if host.padding_idx is not None:
-            rows = rows.masked_fill((index == host.padding_idx).unsqueeze(-1), 0)
+        padding = self._fixed_row(host)
+        if padding is not None:
+            rows = rows.masked_fill((index == padding).unsqueeze(-1), 0)
         return output + rows * self.strength
+
+    def _fixed_row(self, host: Any) -> int | None:
+        """Returns the row that takes no part; with a pair that a tied head trains too, every row does."""
+        found: int | None = None if self.shared and not self.config.bias else host.padding_idx
+        return found
 
     def row_shift(self) -> Tensor | None:
         """Returns what every row gets from the biases before scaling, b A + a, or None without biases."""
@@ -101,8 +108,8 @@ class EmbeddingAdapter(FactoredAdapter):
     def unfold(self, host: Any, matrix: Tensor, rows: slice = ALL) -> Tensor:
         """Returns the rows with the biases' part added and the padding row zero."""
         shift = self.row_shift()
-        matrix = matrix if shift is None else matrix + shift
-        padding = host.padding_idx
+        matrix = matrix if shift is None else matrix + shift * self.scaling
+        padding = self._fixed_row(host)
         if padding is None or not 0 <= padding - (rows.start or 0) < matrix.shape[0]:
             return matrix
         mask = matrix.new_ones(matrix.shape[0], 1)

@@ -21,6 +21,7 @@ class EmbeddingBagAdapter(EmbeddingAdapter):
     """
 
     kind = "embedding_bag"
+    portable = False
 
     @classmethod
     def can_adapt(cls, module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import sys
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,12 @@ from ..config import SiteConfig
 from ..factored import FactoredAdapter
 from ..fused import can_fuse, fused_linear
 from ..host import base_class
+from ..quantized import stored_weight
 from ..registry import register
 
 
 class MatrixAdapter(FactoredAdapter, abc.ABC):
     """A factored update of a two-dimensional weight that multiplies the last axis of the input."""
-
-    transposed: ClassVar[bool] = False
-    """Whether the weight is (in, out)."""
 
     @abc.abstractmethod
     def stages(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -108,8 +106,8 @@ class LinearAdapter(MatrixAdapter):
 
     @classmethod
     def can_adapt(cls, module: nn.Module) -> bool:
-        """Every `nn.Linear` and subclass."""
-        return isinstance(module, nn.Linear)
+        """Every `nn.Linear` and subclass whose weight is no quantized one."""
+        return isinstance(module, nn.Linear) and stored_weight(module) is None
 
     @classmethod
     def knows_forward(cls, module: nn.Module) -> bool:

@@ -83,13 +83,13 @@ class ParameterAdapter(FactoredAdapter):
         return False
 
     def matrix(self, rows: slice = ALL) -> Tensor:
-        """Returns B A for every matrix of the stack, or the dense update; or the given rows of one matrix."""
-        if rows == ALL:
-            return wide(self.lora_dense) if self.is_dense else wide(self.lora_B) @ wide(self.lora_A)
+        """Returns scaling * B A for every matrix of the stack, or the dense update; or the given rows of one matrix."""
         if self.is_dense:
-            return wide(self.lora_dense.flatten(0, -2)[rows])
+            return wide(self.lora_dense if rows == ALL else self.lora_dense.flatten(0, -2)[rows]) * self.scaling
+        if rows == ALL:
+            return (wide(self.lora_B) * self.scaling) @ wide(self.lora_A)
         a = self.lora_A.flatten(0, -3)[rows.start // self.lora_B.shape[-2]] if self.lora_A.dim() > 2 else self.lora_A
-        return wide(self.lora_B.flatten(0, -2)[rows]) @ wide(a)
+        return (wide(self.lora_B.flatten(0, -2)[rows]) * self.scaling) @ wide(a)
 
     def unfold(self, host: Any, matrix: Tensor, rows: slice = ALL) -> Tensor:
         """Returns the matrices as they are."""

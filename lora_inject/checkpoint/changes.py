@@ -68,8 +68,9 @@ class Target:
 
 
 class _Collector:
-    def __init__(self, base: Base, names: Names, dtype: torch.dtype | None) -> None:
+    def __init__(self, base: Base, names: Names, dtype: torch.dtype | None, changes: Sequence[Change]) -> None:
         self.base, self.names, self.dtype = base, names, dtype
+        self.changes = {change.path: change.updates for change in changes}
         self.parts: dict[str, list[tuple[Change, Piece]]] = {}
         self.new: dict[str, Target] = {}
         self.numbers = {id(header): number for number, header in enumerate(base.shards)}
@@ -78,14 +79,21 @@ class _Collector:
     def add(self, change: Change) -> None:
         """Finds the tensors of one change."""
         group = self.names.shared(change.path)
-        if len(group) > 1:
+        if len(group) > 1 and not self._together(change, group):
             self._untie(change, group)
             return
         pieces = self.names.pieces(change.path, change.axes)
+        if not pieces and any(self.names.pieces(name, change.axes) for name in group):
+            return
         if not pieces:
             self._create(change)
         for piece in pieces:
             self.parts.setdefault(piece.key, []).append((change, piece))
+
+    def _together(self, change: Change, group: tuple[str, ...]) -> bool:
+        """Says whether all parameters of a tied group get the same updates, those of adapters that they share."""
+        wanted = [(update.input, update.record) for update in change.updates]
+        return all([(update.input, update.record) for update in self.changes.get(name, ())] == wanted for name in group)
 
     def _untie(self, change: Change, group: tuple[str, ...]) -> None:
         """Gives every parameter of a tied group a tensor of its own."""
@@ -196,9 +204,10 @@ def find_targets(
     for update in updates:
         for name in update.names:
             reached.setdefault((update.path, name), []).append(update)
-    collector = _Collector(base, names, dtype)
-    for (path, name), group in reached.items():
-        collector.add(_change(path, name, group))
+    changes = [_change(path, name, group) for (path, name), group in reached.items()]
+    collector = _Collector(base, names, dtype, changes)
+    for change in changes:
+        collector.add(change)
     return collector.targets(), sorted(collector.untied)
 
 

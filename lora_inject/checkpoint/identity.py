@@ -12,27 +12,46 @@ import torch
 
 from ..errors import FormatError, MismatchError, listing
 from ..fingerprint import sample_bytes, sample_index
-from .base import Base
+from .base import Base, Place
 from .names import Names, Piece
 from .updates import Update
 
 
-class _Reader:
-    """Reads single elements of base tensors."""
+class Reader:
+    """Reads bytes and single elements of base tensors; files stay open until the stack closes them."""
 
     def __init__(self, base: Base, stack: ExitStack) -> None:
         self.base, self.stack = base, stack
         self.open: dict[Path, int] = {}
 
     def element(self, piece: Piece, row: int, column: int, columns: int) -> bytes:
+        """Returns the bytes of one element of the parameter that the piece is a part of."""
         place = self.base.tensors[piece.key]
+        size = place.entry.dtype.itemsize
+        at = (piece.row + row - piece.start) * columns + column
+        return os.pread(self._file(place), size, place.offset + at * size)
+
+    def read(self, place: Place, at: int, size: int) -> bytes:
+        """Returns `size` bytes from the position `at` of the file that a tensor lies in.
+
+        Raises:
+            OSError: the file cannot be read, or ends before.
+        """
+        parts = []
+        while size:
+            part = os.pread(self._file(place), size, at)
+            if not part:
+                raise OSError(0, "a file became shorter while it was read")
+            parts.append(part)
+            at, size = at + len(part), size - len(part)
+        return b"".join(parts)
+
+    def _file(self, place: Place) -> int:
         number = self.open.get(place.header.path)
         if number is None:
             number = self.open[place.header.path] = os.open(place.header.path, os.O_RDONLY)
             self.stack.callback(os.close, number)
-        size = place.entry.dtype.itemsize
-        at = (piece.row + row - piece.start) * columns + column
-        return os.pread(number, size, place.offset + at * size)
+        return number
 
 
 def check_base(base: Base, names: Names, updates: Sequence[Update]) -> None:
@@ -45,9 +64,10 @@ def check_base(base: Base, names: Names, updates: Sequence[Update]) -> None:
     differ: dict[Path, list[str]] = {}
     try:
         with ExitStack() as stack:
-            reader = _Reader(base, stack)
+            reader = Reader(base, stack)
             for update in updates:
-                if _fingerprint(reader, names, update) != update.record.base:
+                known = update.record.base["hash"] is not None
+                if known and _fingerprint(reader, names, update) != update.record.base:
                     differ.setdefault(update.input.path, []).append(update.record.path)
     except OSError as error:
         raise FormatError(f"{base.root}: cannot be read: {error.strerror or error}") from error
@@ -60,12 +80,27 @@ def check_base(base: Base, names: Names, updates: Sequence[Update]) -> None:
         )
 
 
-def _fingerprint(reader: _Reader, names: Names, update: Update) -> dict[str, object] | None:
+def _fingerprint(reader: Reader, names: Names, update: Update) -> dict[str, object] | None:
     name = update.weight_name
     path = f"{update.path}.{name}" if update.path else name
     shape = list(update.host._parameters[name].shape)  # type: ignore[union-attr]
-    columns = max(1, torch.Size(shape[update.row_axes :]).numel())
-    held = (names.pieces(other, update.row_axes) for other in names.shared(path))
+    return weight_fingerprint(reader, names, path, shape, update.row_axes)
+
+
+def weight_fingerprint(
+    reader: Reader, names: Names, path: str, shape: list[int], axes: int
+) -> dict[str, object] | None:
+    """Returns {"shape", "hash"} of a weight on disk, as `fingerprint` gives them in memory; None where rows miss.
+
+    Args:
+        reader: reads the base.
+        names: how the base's tensors are called in the model.
+        path: the parameter's path in the model.
+        shape: its shape there.
+        axes: how many of its leading axes count as rows.
+    """
+    columns = max(1, torch.Size(shape[axes:]).numel())
+    held = (names.pieces(other, axes) for other in names.shared(path))
     pieces = next((found for found in held if found), ())
     picked = []
     for position in sample_index(torch.Size(shape).numel()).tolist():

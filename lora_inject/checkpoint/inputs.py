@@ -9,27 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..adapter import Adapter
-from ..adapter_file import AdapterFile, SiteRecord, read_adapter_file
-from ..errors import ConfigError, FormatError, listing
-from ..safefile import Entry
+from ..adapter_file import SiteRecord
+from ..errors import ConfigError, FormatError, UnsupportedError, listing
+from ..formats import Bundle, Source, read_adapter
+from ..models import build_on_meta
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 @dataclass(frozen=True, eq=False)
 class Input:
-    """One adapter file, its header read and checked, and the weight that its updates get."""
+    """One adapter, its header read and checked, and the weight that its updates get."""
 
-    file: AdapterFile
+    file: Source
     weight: float
 
     @property
     def path(self) -> Path:
-        """The file."""
-        return self.file.header.path
+        """The file, or the folder."""
+        return self.file.path
 
     def fill(self, adapter: Adapter, record: SiteRecord) -> None:
         """Reads the numbers of one site into an adapter on the CPU, and gives it the weight.
@@ -37,49 +37,34 @@ class Input:
         Raises:
             FormatError: the file cannot be read any more, or holds NaN or infinity.
         """
-        bad = []
-        try:
-            with self.path.open("rb") as file:
-                for name, parameter in adapter._parameters.items():
-                    assert parameter is not None
-                    key = f"{record.prefix}{name}"
-                    loaded = _read(file.fileno(), self.file.header.data, self.file.header.tensors[key])
-                    if not torch.isfinite(loaded).all():
-                        bad.append(key)
-                    parameter.data.copy_(loaded)
-        except OSError as error:
-            raise FormatError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+        keys = {name: f"{record.prefix}{name}" for name in adapter._parameters}
+        tensors = self.file.read(keys.values())
+        bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         if bad:
             raise FormatError(f"{self.path}: NaN or infinity in {len(bad)} tensors:\n{listing(bad)}")
+        for name, key in keys.items():
+            adapter._parameters[name].data.copy_(tensors[key])  # type: ignore[union-attr]
         adapter.scaling *= self.weight
 
 
-def _read(number: int, data: int, entry: Entry) -> Tensor:
-    raw = bytearray(entry.end - entry.start)
-    view, done = memoryview(raw), 0
-    while done < len(raw):
-        count = os.preadv(number, [view[done:]], data + entry.start + done)
-        if count == 0:
-            raise OSError(0, "the file became shorter while it was read")
-        done += count
-    flat = torch.frombuffer(raw, dtype=entry.dtype) if raw else torch.empty(0, dtype=entry.dtype)
-    return flat.reshape(entry.shape)
-
-
-def read_inputs(adapters: Paths, weights: Sequence[float] | None) -> tuple[Input, ...]:
+def read_inputs(
+    adapters: Paths, weights: Sequence[float] | None, base: str | os.PathLike[str] | None = None
+) -> tuple[Input, ...]:
     """Returns the adapters in order.
 
     Args:
-        adapters: one path or several; a string may end in ":weight".
+        adapters: one path or several, of any known format; a string may end in ":weight".
         weights: one number per adapter, in place of those in the strings.
+        base: the folder of the model that they are for, for formats whose names need it.
 
     Raises:
         ConfigError: no adapter, a weight that is no finite number, or not one weight per adapter.
         FormatError: a file that is no adapter.
+        UnsupportedError: an adapter that cannot be read without its base.
     """
     given = [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters)
     if not given:
-        raise ConfigError("merge_checkpoint needs at least one adapter file")
+        raise ConfigError("no adapter file was given: give at least one path")
     parts = [split_weight(entry) for entry in given]
     if weights is not None:
         if len(weights) != len(parts):
@@ -88,7 +73,31 @@ def read_inputs(adapters: Paths, weights: Sequence[float] | None) -> tuple[Input
     for path, weight in parts:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ConfigError(f"{path}: weight {weight!r} must be a finite number")
-    return tuple(Input(read_adapter_file(path), float(weight)) for path, weight in parts)
+    return tuple(Input(read_source(path, base), float(weight)) for path, weight in parts)
+
+
+def read_source(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> Source:
+    """Returns the adapter at a path, of any format, in the native layout.
+
+    The model in the folder `base` is built, without weights, only where the format's names need one.
+
+    Raises:
+        FormatError: no adapter, or a broken one.
+        UnsupportedError: it needs its base to be understood.
+    """
+    try:
+        found = read_adapter(path, None)
+    except UnsupportedError:
+        if base is None or not Path(base, "config.json").is_file():
+            raise
+        found = read_adapter(path, build_on_meta(str(base)))
+    if isinstance(found, Bundle) and found.full:
+        raise UnsupportedError(
+            f"{path}: holds parameters that were trained as a whole, and without the base's weights nothing says how "
+            f"they differ from it:\n{listing(list(found.full))}\nConvert it first: lora-inject convert {path} "
+            "OUT.safetensors --to lora_inject --model BASE"
+        )
+    return found
 
 
 def split_weight(entry: str | os.PathLike[str]) -> tuple[Path, float]:

@@ -18,12 +18,12 @@ from .changes import Change, Target
 from .layout import Patch
 from .names import Piece
 
-RUN = 16
+RUN = 8
 """How many blocks one thread takes at a time."""
 SAMPLED = 2**15
 """Elements of a parameter that its line in the report is estimated from."""
-WRITE = 2**18
-"""Bytes of one write: the page cache of Linux takes larger ones much slower than these."""
+WRITE = 2**20
+"""Bytes of one write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +52,18 @@ class Scratch:
 
     def __init__(self) -> None:
         self.held = {True: bytearray(), False: bytearray()}
+        self.given: dict[bool, tuple[Tensor, memoryview]] = {}
 
     def take(self, reading: bool, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, memoryview]:
         """Returns a tensor over one of them, its numbers not set, and the same bytes as a view."""
-        size = shape[0] * shape[1] * dtype.itemsize
-        if len(self.held[reading]) < size:
-            self.held[reading] = bytearray(size)
-        view = memoryview(self.held[reading])[:size]
-        return torch.frombuffer(view, dtype=dtype).reshape(shape), view
+        given = self.given.get(reading)
+        if given is None or given[0].shape != shape or given[0].dtype != dtype:
+            size = shape[0] * shape[1] * dtype.itemsize
+            if len(self.held[reading]) < size:
+                self.held[reading] = bytearray(size)
+            view = memoryview(self.held[reading])[:size]
+            given = self.given[reading] = torch.frombuffer(view, dtype=dtype).reshape(shape), view
+        return given
 
 
 class Loaded:
@@ -120,21 +124,27 @@ class Work:
             StateError: the sum is not finite in the stored dtype.
             FormatError: the base ends before the tensor does.
         """
+        updates, columns = self.loaded.updates(), self.loaded.change.columns
         with torch.no_grad():
-            found = [self._block(span, source, into, scratch) for span in self.spans]
+            found = [self._block(span, updates, columns, source, into, scratch) for span in self.spans]
         return [sample for sample in found if sample is not None]
 
-    def _block(self, span: Span, source: int | None, into: int, scratch: Scratch) -> Sample | None:
-        change, target = self.loaded.change, self.patch.target
-        total = total_rows(self.loaded.updates(), span.block).reshape(-1, change.columns)
-        total = total[span.rows.start - span.block.start : span.rows.stop - span.block.start]
-        original = None if source is None else _read(source, target, span, change, scratch)
-        value, view = scratch.take(False, (len(total), change.columns), target.dtype)
+    def _block(
+        self, span: Span, updates: Sequence[Rows], columns: int, source: int | None, into: int, scratch: Scratch
+    ) -> Sample | None:
+        target, rows = self.patch.target, span.rows.stop - span.rows.start
+        # Every call into torch lets the other threads have the interpreter, and then waits for it: few calls.
+        total = total_rows(updates, span.block)
+        total = total if total.dim() == 2 else total.reshape(-1, columns)
+        if span.rows != span.block:
+            total = total[span.rows.start - span.block.start : span.rows.stop - span.block.start]
+        original = None if source is None else _read(source, target, span.row, rows, columns, scratch)
+        value, view = scratch.take(False, (rows, columns), target.dtype)
         summed = add_rows(original, total, value)
         if not _surely_finite(summed, target.dtype):
             _check_finite(target.key, value, original)
-        _write(into, self.patch.offset + span.row * change.columns * target.dtype.itemsize, view)
-        return _sample(change, target.key, value, original, total) if span is self.probed else None
+        write_all(into, view, self.patch.offset + span.row * columns * target.dtype.itemsize)
+        return _sample(self.loaded.change, target.key, value, original, total) if span is self.probed else None
 
 
 def split(patch: Patch) -> Iterator[Work]:
@@ -155,29 +165,29 @@ def _spans(change: Change, piece: Piece) -> Iterator[Span]:
             yield Span(block, slice(start, stop), piece.row + start - piece.start)
 
 
-def _read(source: int, target: Target, span: Span, change: Change, scratch: Scratch) -> Tensor:
+def _read(source: int, target: Target, row: int, rows: int, columns: int, scratch: Scratch) -> Tensor:
     assert target.place is not None
     dtype = target.place.entry.dtype
-    start = target.place.offset + span.row * change.columns * dtype.itemsize
-    rows, view = scratch.take(True, (span.rows.stop - span.rows.start, change.columns), dtype)
-    done = 0
+    found, view = scratch.take(True, (rows, columns), dtype)
+    start, done = target.place.offset + row * columns * dtype.itemsize, 0
     while done < len(view):
         count = os.preadv(source, [view[done:]], start + done)
         if count == 0:
             raise FormatError(f"{target.place.header.path}: became shorter while it was read: do not change the base")
         done += count
-    return rows
+    return found
 
 
-def _write(into: int, at: int, view: memoryview) -> None:
-    done = 0
+def write_all(into: int, data: bytes | memoryview, at: int) -> None:
+    """Writes bytes to a place in a file."""
+    view, done = memoryview(data), 0
     while done < len(view):
         done += os.pwrite(into, view[done : done + WRITE], at + done)
 
 
 def _surely_finite(summed: Tensor, dtype: torch.dtype) -> bool:
     """Says whether the norm of the sum alone shows that no element can be infinite or NaN once it is rounded."""
-    flat = summed.reshape(-1)
+    flat = summed.view(-1)
     return math.isfinite(norm := float(torch.dot(flat, flat)) ** 0.5) and norm < torch.finfo(dtype).max
 
 

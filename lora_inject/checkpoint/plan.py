@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 
 from ..config import as_dtype, dtype_name
 from ..errors import ConfigError, FormatError, StateError
+from ..safefile import stamp
 from ..tables import dims, table
 from ..version import VERSION
 from .base import Base
@@ -106,20 +106,12 @@ class CheckpointPlan:
         for shard in self.base.shards:
             digest.update(stamp(shard.path, shard.data))
         for entry in self.inputs:
-            digest.update(stamp(entry.path, entry.file.header.data) + repr(entry.weight).encode())
+            digest.update(entry.file.stamp() + repr(entry.weight).encode())
         for shard_out in self.shards:
             digest.update(hashlib.blake2b(shard_out.head).digest())
         rest = [VERSION, [[p.target.key, dtype_name(p.target.dtype)] for p in self.patches], self.carried, self.untied]
         digest.update(json.dumps(rest).encode())
         return digest.hexdigest()
-
-
-def stamp(path: Path, head: int) -> bytes:
-    """Returns what tells one state of a file from another: a hash of its first bytes, its size and its time."""
-    with path.open("rb") as file:
-        state = os.fstat(file.fileno())
-        content = hashlib.blake2b(file.read(head)).digest()
-    return content + f"{path.name}:{state.st_size}:{state.st_mtime_ns}".encode("utf-8", "surrogatepass")
 
 
 def _note(target: Target) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,21 +79,36 @@ def merge_checkpoint(
     """
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise ConfigError(f"threads={threads!r}: must be a whole number of at least 1")
-    target, inputs = Path(out), read_inputs(adapters, weights)
+    target, inputs = Path(out), read_inputs(adapters, weights, base)
     if via_model:
         return merge_via_model(base, inputs, target, dry_run, overwrite, check_base, dtype)
-    plan = make_plan(read_base(base), inputs, target, dtype, check_base)
-    if dry_run:
-        return CheckpointReport(plan)
+    with _older_objects_set_aside():
+        plan = make_plan(read_base(base), inputs, target, dtype, check_base)
+        if dry_run:
+            return CheckpointReport(plan)
+        try:
+            with ranks() as group:
+                return _run(plan, group, overwrite, threads or _threads(), progress)
+        except OSError as error:
+            raise FormatError(f"{error.filename or out}: cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _older_objects_set_aside() -> Iterator[None]:
+    """Spares the garbage collector the objects of torch, which are many: all threads wait while it walks them."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
     try:
-        with ranks() as group:
-            return _run(plan, group, overwrite, threads or _threads(), progress)
-    except OSError as error:
-        raise FormatError(f"{error.filename or out}: cannot be written: {error.strerror or error}") from error
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _threads() -> int:
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _run(

@@ -8,7 +8,6 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,64 +15,91 @@ import torch
 from ..errors import FormatError
 from .journal import Journal
 from .layout import Copy, Shard
-from .patching import WRITE, Sample, Scratch, Work, split
+from .patching import WRITE, Sample, Scratch, Work, split, write_all
 
 CHUNK = 2**25
 """Bytes of a raw copy that one thread takes at a time."""
-FLUSH = 2**28
+FLUSH = 2**26
 """Bytes after which a shard is synced on the way, so that its last sync is short."""
 KEEP = 2**24
 """Bytes of freed memory that the C library is made to keep for the next block."""
 
 _sync = getattr(os, "fdatasync", os.fsync)
 _NOT_HERE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF}
-"""Errors that say no more than that these files cannot be copied inside the kernel."""
+"""Errors that say no more than that the system cannot do this with these files."""
 
 Advance = Callable[[int, str], None]
 
 
-@dataclass(eq=False)
 class _Output:
-    """A shard while it is written: its file, what is still under way, and what was measured."""
+    """A shard while it is written: its file, what is still to be given out or under way, and what was measured."""
 
-    shard: Shard
-    number: int
-    pending: int = 0
-    unsynced: int = 0
-    samples: list[Sample] = field(default_factory=list)
+    def __init__(self, shard: Shard, number: int) -> None:
+        self.shard, self.number = shard, number
+        self.tasks = _tasks(shard)
+        self.pending = self.unsynced = 0
+        self.given = False
+        self.samples: list[Sample] = []
+
+    def give(self) -> Copy | Work | None:
+        """Returns the next piece of work on it, None where all is given."""
+        task = next(self.tasks, None)
+        self.given = task is None
+        self.pending += not self.given
+        return task
+
+
+def _tasks(shard: Shard) -> Iterator[Copy | Work]:
+    for copy in shard.copies:
+        yield from _cut(copy)
+    for patch in shard.patches:
+        yield from split(patch)
 
 
 class _Writer:
-    """Hands out the work on some shards, one after the other, to any number of threads."""
+    """Hands out the work on some shards to any number of threads, each with a file of its own while there are enough.
+
+    The system lets one thread at a time write to a file.
+    """
 
     def __init__(self, shards: Sequence[Shard], journal: Journal, advance: Advance) -> None:
         self.journal, self.advance = journal, advance
         self.lock, self.stop = threading.Lock(), threading.Event()
         self.sources: dict[Path, int] = {}
+        self.left = iter(shards)
         self.open: list[_Output] = []
         self.syncs: queue.SimpleQueue[tuple[_Output, bool] | None] = queue.SimpleQueue()
         self.errors: list[BaseException] = []
-        self.work = self._give(shards)
 
-    def _give(self, shards: Sequence[Shard]) -> Iterator[tuple[_Output, Copy | Work]]:
-        for shard in shards:
-            output = _Output(shard, self.journal.create(shard.name))
-            self.open.append(output)
-            _write_all(output.number, shard.head, 0)
-            self.advance(len(shard.head), shard.name)
-            # Held open until all is given, or the first thread could finish the shard before the second has its share.
-            output.pending += 1
-            for copy in shard.copies:
-                for piece in _cut(copy):
-                    output.pending += 1
-                    yield output, piece
-            for patch in shard.patches:
-                for work in split(patch):
-                    output.pending += 1
-                    yield output, work
-            output.pending -= 1
-            if not output.pending:
-                self.syncs.put((output, True))
+    def _next(self, before: _Output | None) -> tuple[_Output, Copy | Work] | None:
+        """Returns work on the same file as before, else on one that is not begun, else on any."""
+        with self.lock:
+            if before is not None and (task := self._give(before)) is not None:
+                return before, task
+            for shard in self.left:
+                output = self._begin(shard)
+                if (task := self._give(output)) is not None:
+                    return output, task
+            for output in self.open:
+                if (task := self._give(output)) is not None:
+                    return output, task
+        return None
+
+    def _begin(self, shard: Shard) -> _Output:
+        output = _Output(shard, self.journal.create(shard.name))
+        self.open.append(output)
+        _reserve(output.number, shard.size)
+        write_all(output.number, shard.head, 0)
+        self.advance(len(shard.head), shard.name)
+        return output
+
+    def _give(self, output: _Output) -> Copy | Work | None:
+        if output.given:
+            return None
+        task = output.give()
+        if task is None and not output.pending:
+            self.syncs.put((output, True))
+        return task
 
     def source(self, path: Path) -> int:
         """Returns the base's file, opened once."""
@@ -84,14 +110,13 @@ class _Writer:
 
     def run(self) -> None:
         """Works until nothing is left, or something failed; one call per thread."""
-        scratch = Scratch()
+        # OpenMP counts its threads per calling thread.
+        torch.set_num_threads(1)
+        scratch, output = Scratch(), None
         try:
-            while not self.stop.is_set():
-                with self.lock:
-                    given = next(self.work, None)
-                if given is None:
-                    return
-                self._do(*given, scratch)
+            while not self.stop.is_set() and (given := self._next(output)) is not None:
+                output, task = given
+                self._do(output, task, scratch)
         except BaseException as error:
             self.errors.append(error)
             self.stop.set()
@@ -105,7 +130,8 @@ class _Writer:
             if asked is None:
                 threads -= 1
             elif asked[1]:
-                self.open.remove(asked[0])
+                with self.lock:
+                    self.open.remove(asked[0])
                 self.journal.complete(asked[0].shard.name, asked[0].number, asked[0].samples)
             else:
                 _sync(asked[0].number)
@@ -122,7 +148,7 @@ class _Writer:
             output.samples += samples
             output.unsynced += task.size
             output.pending -= 1
-            done, flush = not output.pending, output.unsynced >= FLUSH
+            done, flush = output.given and not output.pending, output.unsynced >= FLUSH
             if flush:
                 output.unsynced = 0
         if done or flush:
@@ -205,6 +231,16 @@ def _explained(error: BaseException) -> BaseException:
     )
 
 
+def _reserve(number: int, size: int) -> None:
+    """Takes the disk space of a file at once: cheaper than piece by piece, and a full disk is found at the start."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(number, 0, size)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+
+
 def _cut(copy: Copy) -> Iterator[Copy]:
     for start in range(0, copy.size, CHUNK):
         yield Copy(copy.source, copy.start + start, copy.offset + start, min(CHUNK, copy.size - start))
@@ -229,11 +265,5 @@ def _copy_some(source: int, into: int, copy: Copy, done: int) -> int:
             if error.errno not in _NOT_HERE:
                 raise
     data = os.pread(source, min(left, WRITE), start)
-    _write_all(into, data, offset)
+    write_all(into, data, offset)
     return len(data)
-
-
-def _write_all(number: int, data: bytes, offset: int) -> None:
-    view, done = memoryview(data), 0
-    while done < len(view):
-        done += os.pwrite(number, view[done : done + WRITE], offset + done)

@@ -12,7 +12,7 @@ from ..adapter import Adapter, Layout
 from ..adapter_file import SiteRecord
 from ..config import dtype_name
 from ..errors import ConfigError, FormatError, LoraInjectError, MismatchError, listing
-from ..registry import by_kind
+from ..registry import adapter_for, by_kind
 from ..targets import nearest_paths
 from .inputs import Input
 from .names import Names, StandIn
@@ -25,20 +25,24 @@ class Update:
     Attributes:
         input: the file and its weight.
         record: what the file says of the site.
+        kind: the class that serves the module.
         path: the path of its module in the checkpoint's model.
         host: that module, or a stand-in, on the meta device.
         layout: names and shapes of the adapter's parameters.
         names: the host's parameters that it updates.
         row_axes: how many leading axes of the weight count as rows.
+        shared: whether the record has updates of further modules.
     """
 
     input: Input
     record: SiteRecord
+    kind: type[Adapter]
     path: str
     host: nn.Module
     layout: Layout
     names: tuple[str, ...]
     row_axes: int
+    shared: bool
 
     @property
     def weight_name(self) -> str:
@@ -52,7 +56,8 @@ class Update:
 
     def load(self) -> Adapter:
         """Returns the adapter with its numbers, on the CPU, weight included."""
-        adapter = _build(self.record, self.layout, torch.device("cpu"))
+        adapter = _build(self.kind, self.record, self.layout, torch.device("cpu"))
+        adapter.shared = self.shared
         self.input.fill(adapter, self.record)
         return adapter
 
@@ -80,27 +85,34 @@ def read_updates(inputs: Sequence[Input], names: Names) -> list[Update]:
         missing, wrong = [], []
         for record in entry.file.sites.values():
             try:
-                update = _update(entry, record, names)
+                updates = _updates(entry, record, names)
             except ConfigError as problem:
                 raise FormatError(f"{entry.path}: {record.path}: {problem}") from problem
             except LoraInjectError as problem:
                 raise type(problem)(f"{entry.path}: {record.path or '(root)'}: {problem}") from problem
-            if update is None:
+            if not updates:
                 missing.append(record.path)
-                continue
-            wrong += _compare(update)
-            found.append(update)
+            for update in updates:
+                wrong += _compare(update)
+            found += updates
         _refuse(entry, missing, wrong, names)
     return found
 
 
-def _update(entry: Input, record: SiteRecord, names: Names) -> Update | None:
+def _updates(entry: Input, record: SiteRecord, names: Names) -> list[Update]:
+    """Returns an update for every module that the record's paths lead to: one, or all that share a tied weight."""
+    hosts: dict[int, tuple[str, nn.Module]] = {}
+    for path in (record.path, *record.aliases):
+        host = names.module(record.owner(path))
+        if host is not None:
+            hosts.setdefault(id(host), (record.owner(path), host))
+    shared = len(hosts) > 1
+    found = [_update(entry, record, path, host, shared) for path, host in hosts.values()]
+    return [update for update in found if update is not None]
+
+
+def _update(entry: Input, record: SiteRecord, path: str, host: nn.Module, shared: bool) -> Update | None:
     kind, parameter = by_kind(record.kind), record.extras.get("parameter")
-    owners = [record.owner(path) for path in (record.path, *record.aliases)]
-    path = next((owner for owner in owners if names.module(owner) is not None), None)
-    host = None if path is None else names.module(path)
-    if path is None or host is None:
-        return None
     if not kind.mergeable or not kind.touches(record.extras):
         raise MismatchError("acts on a whole block, which has no weight to merge into: leave it out of the merge")
     touched = kind.touches(record.extras)[0]
@@ -108,19 +120,22 @@ def _update(entry: Input, record: SiteRecord, names: Names) -> Update | None:
         return None
     if not isinstance(host, StandIn):
         serves = kind.can_adapt(host) if parameter is None else kind.can_adapt_parameter(host, parameter)
+        if not serves and shared and parameter is None:
+            kind = adapter_for(host) or kind
+            serves = kind.can_adapt(host)
         if not serves:
             raise MismatchError(f"adapter {record.kind!r} does not serve {type(host).__name__}")
     if record.config.dtype is None:
         raise FormatError("its metadata do not say the dtype of its tensors: export the adapter again")
     layout = kind.layout(host, record.config, record.extras)
-    adapter = _build(record, layout, torch.device("meta"))
-    return Update(entry, record, path, host, layout, adapter.delta_names(host), adapter.row_axes)
+    adapter = _build(kind, record, layout, torch.device("meta"))
+    return Update(entry, record, kind, path, host, layout, adapter.delta_names(host), adapter.row_axes, shared)
 
 
-def _build(record: SiteRecord, layout: Layout, device: torch.device) -> Adapter:
+def _build(kind: type[Adapter], record: SiteRecord, layout: Layout, device: torch.device) -> Adapter:
     dtype = record.config.dtype
     assert dtype is not None
-    return by_kind(record.kind)(record.config, layout, dtype, device, record.extras)
+    return kind(record.config, layout, dtype, device, record.extras)
 
 
 def _compare(update: Update) -> list[str]:

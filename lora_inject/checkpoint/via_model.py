@@ -22,7 +22,7 @@ from .finish import carry
 from .inputs import Input
 from .journal import Journal
 from .patching import Sample
-from .plan import CheckpointPlan, check_place, stamp
+from .plan import CheckpointPlan, check_place
 from .report import CheckpointReport
 
 SHARD = "5GB"
@@ -60,7 +60,7 @@ def merge_via_model(
         return CheckpointReport(plan)
     model: Any = load_pretrained(str(read.folder))
     merged = _merge(model, inputs, check_base)
-    binding = "-".join(stamp(entry.path, 0).hex()[-16:] for entry in inputs)
+    binding = "-".join(entry.file.stamp().hex()[-16:] for entry in inputs)
     journal = Journal(out, f"via-model-{time.time_ns()}-{binding}")
     try:
         journal.begin(overwrite)

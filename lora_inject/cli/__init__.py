@@ -9,7 +9,20 @@ from typing import Any
 
 import typer
 
-from . import inspect, merge, plan, recipes, verify  # noqa: F401 - importing a command adds it to the application
+from . import (  # noqa: F401 - importing a command adds it to the application
+    add,
+    convert,
+    extract,
+    inspect,
+    merge,
+    norms,
+    plan,
+    recipes,
+    resize,
+    similarity,
+    subtract,
+    verify,
+)
 from .app import PROGRAM, app
 from .output import rank
 
@@ -28,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        # Names in files of strangers may hold what no terminal can show.
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     try:
         code = typer.main.get_command(app).main(arguments, prog_name=PROGRAM, standalone_mode=False)

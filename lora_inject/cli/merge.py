@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,10 +15,16 @@ def merge(
     base: Annotated[
         str, typer.Argument(metavar="BASE", help="Folder of the base checkpoint, or one .safetensors file.")
     ],
-    adapters: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER", help="Adapter files; path:0.7 takes 0.7 of an update.")
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER... OUT",
+            help="Adapter files, path:0.7 for 0.7 of an update; last the folder to write, which loads like BASE.",
+        ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it loads like the base.")],
+    named: Annotated[
+        list[str] | None, typer.Option("--adapter", help="One more adapter file, path or path:0.7; may be repeated.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     via_model: Annotated[
@@ -28,6 +33,7 @@ def merge(
     no_check_base: Annotated[
         bool, typer.Option("--no-check-base", help="Accept base weights other than the adapter was trained on.")
     ] = False,
+    dtype: Annotated[str | None, typer.Option(help="Store the tensors that change in this dtype, float32 say.")] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that read, compute and write; chosen by itself if not given.")
     ] = None,
@@ -36,15 +42,21 @@ def merge(
     """Write the checkpoint BASE with the adapters merged into its weights to OUT."""
     from ..checkpoint import merge_checkpoint
 
+    *files, out = places
+    files += named or []
+    if not files:
+        raise typer.BadParameter("give at least one ADAPTER before OUT, or one by --adapter")
+
     with bytes_bar("merging") as progress:
         report = merge_checkpoint(
             base,
-            adapters,
+            files,
             out,
             dry_run=dry_run,
             overwrite=overwrite,
             via_model=via_model,
             check_base=not no_check_base,
+            dtype=dtype,
             threads=threads,
             progress=progress,
         )

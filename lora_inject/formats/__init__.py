@@ -1,0 +1,49 @@
+"""Other people's files: which formats are known, and reading an adapter of any of them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from .bundle import Bundle, Source
+from .format import Format, format_named, recognise
+from .gguf import Gguf
+from .mlx import Mlx
+from .native import LoraInject
+from .torchtune import Torchtune
+
+FORMATS: tuple[Format, ...] = (LoraInject(), Mlx(), Torchtune(), Gguf())
+"""All formats, asked in this order whether they recognise a file."""
+
+__all__ = ["FORMATS", "Bundle", "Source", "read_adapter", "write_adapter"]
+
+
+def read_adapter(path: str | os.PathLike[str], model: nn.Module | None, *, allow_pickle: bool = False) -> Source:
+    """Returns the adapter at a path, its format recognised by its content.
+
+    Args:
+        path: a file or a folder.
+        model: the model that it is for, or None.
+        allow_pickle: read pickles too, tensors alone.
+
+    Raises:
+        FormatError: no adapter of a known format, or a broken one.
+        MismatchError: it does not fit the model.
+    """
+    known, content = recognise(FORMATS, path, allow_pickle=allow_pickle)
+    found = known.read(content, model)
+    return replace(found, program=known.name) if isinstance(found, Bundle) else found
+
+
+def write_adapter(bundle: Bundle, path: str | os.PathLike[str], format: str, model: nn.Module | None) -> Path:
+    """Writes an adapter in the named format and returns where it is.
+
+    Raises:
+        ConfigError: no such format.
+        UnsupportedError: the format cannot hold what the adapter does.
+        FormatError: it cannot be written.
+    """
+    return format_named(FORMATS, format).write(bundle, Path(path), model)
