@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .bulk import init_module
 from .config import SiteConfig
 from .offload import adapter_hook
 
@@ -84,11 +85,10 @@ class Adapter(nn.Module, abc.ABC):
         device: torch.device,
         extras: Mapping[str, Any],
     ) -> None:
-        super().__init__()
-        # nn.Module's own __setattr__ looks every value over for parameters; these are none, and sites are many.
-        self.__dict__.update(config=config, scaling=config.scaling)
+        init_module(self, config=config, scaling=config.scaling)
         for name, shape in layout.items():
-            self._parameters[name] = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+            trained = config.train_a or name != "lora_A"
+            self._parameters[name] = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), trained)
 
     def describe(self) -> dict[str, Any]:
         """Returns the extra options, as a file must hold them, that `layout` needs to make this adapter again."""
@@ -215,6 +215,13 @@ class Adapter(nn.Module, abc.ABC):
                 parameter.zero_()
 
 
+def parameters_of(adapter: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """Returns names and parameters, as `named_parameters` does, which is slow where sites are many."""
+    if adapter._modules:
+        return adapter.named_parameters()
+    return [(name, parameter) for name, parameter in adapter._parameters.items() if parameter is not None]
+
+
 def _draw(parameter: Tensor, init: str, generator: torch.Generator | None) -> None:
     """Fills A, seen as (rank, columns), leading expert axes apart.
 
@@ -222,7 +229,8 @@ def _draw(parameter: Tensor, init: str, generator: torch.Generator | None) -> No
     `nn.Linear` does; gaussian: N(0, 1 / rank^2); orthogonal: orthonormal rows or columns (Saxe et al. 2014,
     arXiv:1312.6120).
     """
-    drawn = torch.empty(parameter.shape, dtype=torch.float32)
+    direct = parameter.dtype == torch.float32 and parameter.is_cpu and parameter.is_contiguous()
+    drawn = parameter.detach() if direct else torch.empty(parameter.shape, dtype=torch.float32)
     if init == "kaiming":
         bound = 1 / math.sqrt(max(1, math.prod(parameter.shape[1:])))
         drawn.uniform_(-bound, bound, generator=generator)
@@ -230,4 +238,5 @@ def _draw(parameter: Tensor, init: str, generator: torch.Generator | None) -> No
         drawn.normal_(0, 1 / parameter.shape[0], generator=generator)
     else:
         nn.init.orthogonal_(drawn.view(parameter.shape[0], -1), generator=generator)
-    parameter.copy_(drawn)
+    if not direct:
+        parameter.copy_(drawn)

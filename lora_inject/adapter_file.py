@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from .version import VERSION
 
 FORMAT = "lora_inject"
 FORMAT_VERSION = 1
+_SITE_KEYS = frozenset(("path", "aliases", "adapter", "options", *SITE_OPTIONS))
+_ADDED = {"train_a": True}
+"""Options that files of this version did not have at first, and what a file without one means."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +112,14 @@ def metadata(name: str, records: Sequence[SiteRecord]) -> dict[str, str]:
 
 
 def _write_site(record: SiteRecord) -> dict[str, Any]:
-    options = {option: getattr(record.config, option) for option in SITE_OPTIONS}
-    options["dtype"] = dtype_name(options["dtype"])
+    options = _write_options(record.config)
     where = {"path": record.path, "aliases": list(record.aliases), "adapter": record.kind}
     return where | options | {"options": dict(record.extras)}
+
+
+def _write_options(config: SiteConfig) -> dict[str, Any]:
+    options = {option: getattr(config, option) for option in SITE_OPTIONS}
+    return options | {"dtype": dtype_name(options["dtype"])}
 
 
 def read_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
@@ -151,6 +158,12 @@ def read_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     return AdapterFile(header, name, meta.get("lora_inject_version", "unknown"), sites)
 
 
+# Typed, so that 1 and True, which are equal, do not pass for each other.
+@lru_cache(maxsize=1024, typed=True)
+def _read_options(*values: Any) -> SiteConfig:
+    return SiteConfig(**dict(zip(SITE_OPTIONS, values, strict=True)))
+
+
 def _mapping(text: str | None, where: str, keys: set[str]) -> dict[str, Any]:
     value = parse_json(text, where) if text is not None else None
     if not isinstance(value, dict) or set(value) != keys:
@@ -159,9 +172,10 @@ def _mapping(text: str | None, where: str, keys: set[str]) -> dict[str, Any]:
 
 
 def _read_site(entry: object, bases: Mapping[str, Any], where: str) -> SiteRecord:
-    keys = {"path", "aliases", "adapter", "options", *SITE_OPTIONS}
-    if not isinstance(entry, dict) or set(entry) != keys:
-        raise FormatError(f"{where}: a site must be an object with exactly the keys {', '.join(sorted(keys))}")
+    if isinstance(entry, dict):
+        entry = _ADDED | entry
+    if not isinstance(entry, dict) or entry.keys() != _SITE_KEYS:
+        raise FormatError(f"{where}: a site must be an object with exactly the keys {', '.join(sorted(_SITE_KEYS))}")
     path, aliases = entry["path"], entry["aliases"]
     if not isinstance(path, str) or not isinstance(aliases, list) or not all(isinstance(a, str) for a in aliases):
         raise FormatError(f"{where}: path must be a string and aliases a list of strings")
@@ -170,10 +184,9 @@ def _read_site(entry: object, bases: Mapping[str, Any], where: str) -> SiteRecor
     base = bases.get(path)
     if not isinstance(base, dict) or set(base) != {"shape", "hash"}:
         raise FormatError(f"{where}: base.sites does not describe site {path!r} by its shape and hash")
-    options = {option: entry[option] for option in SITE_OPTIONS}
-    options["dtype"] = as_dtype(options["dtype"])
+    values = [as_dtype(entry[option]) if option == "dtype" else entry[option] for option in SITE_OPTIONS]
     try:
-        config = SiteConfig(**options)
+        config = _read_options(*values)
     except ConfigError as error:
         raise FormatError(f"{where}: site {path!r}: {error}") from None
     return SiteRecord(path, tuple(aliases), entry["adapter"], config, entry["options"], base)

@@ -59,6 +59,7 @@ _CHECKS: dict[str, tuple[Any, str]] = {
     "bias": (_flag, "True or False"),
     "rslora": (_flag, "True or False"),
     "dense": (_flag, "True or False"),
+    "train_a": (_flag, "True or False"),
     "freeze": (_flag, "True or False"),
     "share_tied": (_flag, "True or False"),
     "requantize": (_flag, "True or False"),
@@ -117,6 +118,8 @@ class SiteConfig:
     """For convolutions: "pointwise" (kernel in A) or "balanced" (kernel split between A and B)."""
     dtype: torch.dtype | None = None
     """Dtype of A and B; None means float32 for half-precision bases, else the base's."""
+    train_a: bool = True
+    """Train A too; False keeps it as it was drawn (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303)."""
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -129,9 +132,14 @@ class SiteConfig:
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-@functools.lru_cache(maxsize=1024)
 def derive(config: SiteConfig, overrides: tuple[tuple[str, Any], ...]) -> SiteConfig:
     """Returns the options with some replaced; equal requests share one value, since sites come by the thousand."""
+    # 16 and 16.0 are equal, yet print differently.
+    return _derive(config, overrides, (type(config.alpha), type(config.dropout), *(type(v) for _, v in overrides)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _derive(config: SiteConfig, overrides: tuple[tuple[str, Any], ...], kinds: tuple[type, ...]) -> SiteConfig:
     return replace(config, **dict(overrides))
 
 

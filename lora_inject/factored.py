@@ -50,12 +50,11 @@ class FactoredAdapter(Adapter, abc.ABC):
     @classmethod
     def layout(cls, module: nn.Module, config: SiteConfig, extras: Mapping[str, Any]) -> Layout:
         """Returns the shapes of the factors, or of the dense update that takes their place."""
-        shapes = cls.factors(config, cls.shape(module, extras))
-        if not config.bias:
-            shapes = {name: shapes[name] for name in ("lora_A", "lora_B")}
         weight = cls.shape(module, extras)
-        size = math.prod(shapes["lora_A"]) + math.prod(shapes["lora_B"])
-        if config.dense and size >= math.prod(weight):
+        shapes = cls.factors(config, weight)
+        if not config.bias:
+            shapes = {"lora_A": shapes["lora_A"], "lora_B": shapes["lora_B"]}
+        if config.dense and math.prod(shapes["lora_A"]) + math.prod(shapes["lora_B"]) >= math.prod(weight):
             last = list(shapes)[-1]
             shapes = {"lora_dense": weight} | ({last: shapes[last]} if config.bias else {})
         return shapes

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,12 +32,28 @@ def fingerprint(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         StateError: the weight is on the meta device, and nothing says where its numbers are.
     """
-    name = next(iter(names), None)
-    tensors = _everything(node) if name is None else [_original(node, name)]
-    digest = hashlib.blake2b(digest_size=8)
-    for tensor in tensors:
-        digest.update(_sample(tensor))
-    return {"shape": list(tensors[0].shape) if name else [], "hash": digest.hexdigest()}
+    return fingerprints([(node, names)])[0]
+
+
+@torch.no_grad()
+def fingerprints(places: Iterable[tuple[Node, tuple[str, ...]]]) -> list[dict[str, Any]]:
+    """Returns what `fingerprint` does of many places, given as node and names."""
+    indices: dict[tuple[int, torch.device], Tensor] = {}
+    shapes: list[list[int]] = []
+    counts: list[int] = []
+    picked: list[Tensor] = []
+    for node, names in places:
+        tensors = [_original(node, names[0])] if names else _everything(node)
+        shapes.append(list(tensors[0].shape) if names else [])
+        counts.append(len(tensors))
+        for tensor in tensors:
+            size, device = tensor.numel(), tensor.device
+            if (size, device) not in indices:
+                indices[size, device] = sample_index(size).to(device)
+            picked.append(torch.take(tensor.detach(), indices[size, device]))
+    parts = iter(_sample_bytes(picked))
+    digests = (hashlib.blake2b(b"".join(islice(parts, count)), digest_size=8).hexdigest() for count in counts)
+    return [{"shape": shape, "hash": digest} for shape, digest in zip(shapes, digests, strict=True)]
 
 
 def _original(node: Node, name: str) -> Tensor:
@@ -59,9 +77,18 @@ def _everything(block: Node) -> list[Tensor]:
     return [_original(node, name) for node in nodes for name, p in node.module._parameters.items() if p is not None]
 
 
-def _sample(tensor: Tensor) -> bytes:
-    flat = tensor.detach().reshape(-1)
-    return sample_bytes(flat[sample_index(flat.numel()).to(flat.device)])
+def _sample_bytes(picked: list[Tensor]) -> list[bytes]:
+    """Returns the bytes of each sample, those of one size, dtype and device formed together."""
+    alike: dict[Any, list[int]] = {}
+    for position, sample in enumerate(picked):
+        alike.setdefault((sample.numel(), sample.dtype, sample.device), []).append(position)
+    found = [b""] * len(picked)
+    for positions in alike.values():
+        whole = sample_bytes(torch.cat([picked[position] for position in positions]))
+        step = len(whole) // len(positions)
+        for row, position in enumerate(positions):
+            found[position] = whole[row * step : (row + 1) * step]
+    return found
 
 
 def sample_index(size: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +26,11 @@ def can_fuse(x: Any, weight: Any, bias: Any) -> bool:
     """
     if type(x) not in _PLAIN or type(weight) not in _PLAIN or torch.compiler.is_compiling():
         return False
-    if torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if device == "meta":
+        # Unknown to autocast, and there is nothing to be fast about.
+        return False
+    if torch.is_autocast_enabled(device):
         if x.dtype not in _HALF_OR_SINGLE:
             return False
     elif x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
@@ -63,9 +68,9 @@ def fused_linear(
     # Drawn from the CPU's generator, whose state gradient checkpointing puts back before it computes again.
     seed = int(torch.randint(2**62, ()).item()) if dropout else None
     if torch.is_grad_enabled():
-        found: Tensor = _Fused.apply(x, weight, bias, scales, transposed, dropout, seed, *factors)  # type: ignore[no-untyped-call]
+        found: Tensor = _Fused.apply(x, weight, bias, scales, transposed, dropout, seed, *factors)[0]  # type: ignore[no-untyped-call]
         return found
-    return _output(x, weight, bias, scales, transposed, dropout, seed, factors)
+    return _output(x, weight, bias, scales, transposed, dropout, seed, factors)[0]
 
 
 def _output(
@@ -77,29 +82,71 @@ def _output(
     dropout: float,
     seed: int | None,
     factors: Factors,
-) -> Tensor:
-    dtype = x.dtype
-    weight = weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+) -> tuple[Tensor, Tensor]:
+    """Returns the output and the rank-sized product, not scaled."""
+    weight = _cast(weight, x.dtype)
+    bias = None if bias is None else _cast(bias, x.dtype)
     if transposed:
         flat = x.reshape(-1, x.shape[-1])
-        output = (flat @ weight if bias is None else torch.addmm(bias, flat, weight)).view(*x.shape[:-1], -1)
+        output = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        output = output.view(*x.shape[:-1], -1)
     else:
+        # In the input's own shape, by which torch picks the kernel: the base's bits must be the base's.
         output = F.linear(x, weight, bias)
-    first, second = _stack(factors, dtype, transposed)
-    inner = _dropped(x, dropout, seed).reshape(-1, x.shape[-1]) @ first.t()
-    inner = _scale(inner, scales, factors, transposed, dropout)
-    output.view(-1, output.shape[-1]).addmm_(inner, second.t())
-    return output
+    first, second = _stack(factors, _low_rank_dtype(x), transposed)
+    if len(scales) == 1 and seed is None and x.numel() == x.shape[-1]:
+        # For one token the views below would take longer than an output-sized product.
+        inner = F.linear(_cast(x, first.dtype), first)
+        return output.add_(F.linear(inner, second), alpha=scales[0]), inner.reshape(1, -1)
+    flat = x.reshape(-1, x.shape[-1])
+    met = (
+        _cast(flat, first.dtype)
+        if seed is None
+        else _keep(flat, _mask(flat.shape, flat.device, first.dtype, dropout, seed))
+    )
+    inner = F.linear(met, first)
+    rows = output.view(-1, output.shape[-1])
+    if len(scales) == 1:
+        # The one factor comes for free with the product.
+        _add_product(rows, inner, second.t(), scales[0] / _kept(dropout))
+    else:
+        _add_product(rows, _scale(inner, scales, factors, transposed, dropout), second.t())
+    return output, inner
+
+
+def _add_product(output: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """Adds scale * left @ right to the output in place, rounded to its dtype once more where theirs is wider."""
+    if output.dtype == left.dtype:
+        return output.addmm_(left, right, alpha=scale)
+    return output.add_(left @ right, alpha=scale)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the tensor in the dtype; asking first is much cheaper than a call that has nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _low_rank_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype of the low-rank products: the input's, unless the CPU would only emulate it."""
+    return torch.float32 if x.device.type == "cpu" and _is_emulated(x.dtype) else x.dtype
+
+
+@lru_cache
+def _is_emulated(dtype: torch.dtype) -> bool:
+    """Says whether this CPU multiplies matrices of the dtype element by element, many times slower than float32."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype in supported and not supported[dtype]()
 
 
 def _stack(factors: Factors, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor]:
     """Returns all first factors as (summed rank, in) and all second ones as (out, summed rank)."""
-    firsts = [factor.t() if transposed else factor for factor in factors[0::2]]
-    seconds = [factor.t() if transposed else factor for factor in factors[1::2]]
-    if len(firsts) == 1:
-        return firsts[0].to(dtype), seconds[0].to(dtype)
-    return torch.cat([f.to(dtype) for f in firsts]), torch.cat([s.to(dtype) for s in seconds], dim=1)
+    ordered = [_cast(factor.t() if transposed else factor, dtype) for factor in factors]
+    if len(ordered) == 2:
+        return ordered[0], ordered[1]
+    return torch.cat(ordered[0::2]), torch.cat(ordered[1::2], dim=1)
 
 
 def _ranks(factors: Factors, transposed: bool) -> list[int]:
@@ -108,32 +155,45 @@ def _ranks(factors: Factors, transposed: bool) -> list[int]:
 
 def _scale(inner: Tensor, scales: tuple[float, ...], factors: Factors, transposed: bool, dropout: float) -> Tensor:
     """Returns the rank-sized product times each adapter's scale, and what dropout takes from the mean."""
-    kept = 1 - _threshold(dropout) / 2**16
     if len(scales) == 1:
-        return inner * (scales[0] / kept)
-    ranks = _ranks(factors, transposed)
-    columns = [scale for scale, rank in zip(scales, ranks, strict=True) for _ in range(rank)]
-    return inner * torch.tensor(columns, dtype=inner.dtype, device=inner.device)
+        return inner * (scales[0] / _kept(dropout))
+    parts = torch.split(inner, _ranks(factors, transposed), dim=1)
+    return torch.cat([part * scale for part, scale in zip(parts, scales, strict=True)], dim=1)
 
 
 def _threshold(dropout: float) -> int:
     return round(dropout * 2**16)
 
 
-def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """Returns which elements stay, made again from the seed: sixteen random bits each, four from one draw."""
-    generator = torch.Generator(x.device).manual_seed(seed)
-    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
+def _kept(dropout: float) -> float:
+    return 1 - _threshold(dropout) / 2**16
+
+
+def _mask(shape: torch.Size, device: torch.device, dtype: torch.dtype, dropout: float, seed: int) -> Tensor:
+    """Returns 1 for elements that stay and 0 for others, from the seed: sixteen random bits each, four from one draw.
+
+    Not truth values, because a product with such a mask takes twenty times as long on a CPU.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    draws = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64, device=device)
     draws.random_(-(2**63), None, generator=generator)
-    return (draws.view(torch.int16)[: x.numel()] >= _threshold(dropout) - 2**15).view(x.shape)
+    bits = draws.view(torch.int16)[: shape.numel()].view(shape)
+    # float32 holds sixteen bits exactly, and its comparison in place is the fastest there is.
+    return bits.to(torch.float32).ge_(_threshold(dropout) - 2**15).to(dtype)
 
 
-def _dropped(x: Tensor, dropout: float, seed: int | None) -> Tensor:
-    return x if seed is None else x * _mask(x, dropout, seed)
+def _keep(x: Tensor, mask: Tensor) -> Tensor:
+    """Returns x times the mask, in the memory of the mask unless that may be wanted for a second derivative."""
+    return x * mask if torch.is_grad_enabled() else mask.mul_(x)
 
 
 class _Fused(torch.autograd.Function):
-    """Saves x, W, A and B; the rank-sized product and the dropout mask are made again on the way back."""
+    """Saves x, W, A and B; the rank-sized product and the dropout mask are made again on the way back.
+
+    Where neither W nor the factor that the input meets first is trained, nothing needs x: the rank-sized product is
+    saved in its place (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303). It is a second output then, so that a second
+    derivative finds its way through it.
+    """
 
     @staticmethod
     def forward(
@@ -146,45 +206,60 @@ class _Fused(torch.autograd.Function):
         dropout: float,
         seed: int | None,
         *factors: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, *factors)
+    ) -> tuple[Tensor, Tensor | None]:
+        wants = ctx.needs_input_grad
+        narrow = not wants[1] and not any(wants[7::2])
+        # A view made in here could not be changed in place outside, as models do with `hidden += residual`.
+        output, inner = (t.detach() for t in _output(x, weight, bias, scales, transposed, dropout, seed, factors))
+        ctx.save_for_backward(inner if narrow else x, weight, *factors)
+        ctx.narrow, ctx.shape, ctx.dtype, ctx.low = narrow, x.shape, x.dtype, _low_rank_dtype(x)
         ctx.options = scales, transposed, dropout, seed
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # A view made in here could not be changed in place outside, as models do with `hidden += residual`.
-        return _output(x, weight, bias, scales, transposed, dropout, seed, factors).detach()
+        return output, inner if narrow else None
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, *factors = ctx.saved_tensors
+        held, weight, *factors = ctx.saved_tensors
         scales, transposed, dropout, seed = ctx.options
         wants = ctx.needs_input_grad
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        first, second = _stack(factors, x.dtype, transposed)
-        inner_grad = _scale(grad @ second, scales, factors, transposed, dropout)
-        flat = x.reshape(-1, x.shape[-1])
+        first, second = _stack(factors, ctx.low, transposed)
+        low_grad = _cast(grad, ctx.low)
+        inner_grad = _scale(low_grad @ second, scales, factors, transposed, dropout)
+        if ctx.narrow:
+            inner_grad = inner_grad + grads[1]
+        flat = held.reshape(-1, held.shape[-1])
+        mask = None
+        if seed is not None and (wants[0] or not ctx.narrow):
+            mask = _mask(torch.Size((len(grad), ctx.shape[-1])), grad.device, ctx.low, dropout, seed)
         x_grad = weight_grad = None
         if wants[0]:
-            x_grad = grad @ (weight.t() if transposed else weight).to(x.dtype)
-            if seed is None:
-                x_grad = x_grad.addmm_(inner_grad, first)
+            x_grad = grad @ _cast(weight.t() if transposed else weight, ctx.dtype)
+            if mask is None:
+                x_grad = _add_product(x_grad, inner_grad, first)
             else:
-                x_grad = x_grad + (inner_grad @ first) * _mask(flat, dropout, seed)
-            x_grad = x_grad.view(x.shape)
+                x_grad = x_grad.add_((inner_grad @ first).mul_(mask))
+            x_grad = x_grad.view(ctx.shape)
         if wants[1]:
             weight_grad = (flat.t() @ grad if transposed else grad.t() @ flat).to(weight.dtype)
         bias_grad = grad.sum(0).to(ctx.bias_dtype) if wants[2] else None
         factor_grads: list[Tensor | None] = [None] * len(factors)
         if any(wants[7:]):
-            met = _dropped(flat, dropout, seed)
-            first_grad = inner_grad.t() @ met
-            second_grad = grad.t() @ _scale(met @ first.t(), scales, factors, transposed, dropout)
+            first_grad, inner = None, held
+            if not ctx.narrow:
+                met = _cast(flat, ctx.low) if mask is None else _keep(flat, mask)
+                first_grad, inner = inner_grad.t() @ met, met @ first.t()
+            second_grad = low_grad.t() @ _scale(inner, scales, factors, transposed, dropout)
             factor_grads = _split(first_grad, second_grad, factors, transposed)
         return (x_grad, weight_grad, bias_grad, None, None, None, None, *factor_grads)
 
 
-def _split(first: Tensor, second: Tensor, factors: Factors, transposed: bool) -> list[Tensor | None]:
-    """Returns the gradients of the stacked factors as each adapter's own, in its dtype."""
+def _split(first: Tensor | None, second: Tensor, factors: Factors, transposed: bool) -> list[Tensor | None]:
+    """Returns the gradients of the stacked factors as each adapter's own, in its dtype; None where there is none."""
     ranks = _ranks(factors, transposed)
-    pairs = zip(torch.split(first, ranks), torch.split(second, ranks, dim=1), strict=True)
-    flat = [gradient.t() if transposed else gradient for pair in pairs for gradient in pair]
-    return [gradient.to(factor.dtype) for gradient, factor in zip(flat, factors, strict=True)]
+    firsts = [None] * len(ranks) if first is None else torch.split(first, ranks)
+    gradients = [gradient for pair in zip(firsts, torch.split(second, ranks, dim=1), strict=True) for gradient in pair]
+    return [
+        None if gradient is None else _cast(gradient.t() if transposed else gradient, factor.dtype)
+        for gradient, factor in zip(gradients, factors, strict=True)
+    ]

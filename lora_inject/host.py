@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, wide
+from .bulk import init_module
 from .errors import StateError, UnsupportedError
 from .keeping import Kept
 from .offload import host_forward, host_hook
@@ -32,9 +33,10 @@ def slot(name: str, parameter: str | None = None) -> str:
 class Adapters(nn.ModuleDict):
     """The child of a host that holds its adapters by slot, and what a merge has kept to go back."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: dict[str, Kept] = {}
+    kept: dict[str, Kept]
+
+    def __init__(self, training: bool) -> None:
+        init_module(self, training=training, kept={})
 
     def named(self) -> Iterator[tuple[str, Any]]:
         """Yields the name and the adapter of every slot."""
@@ -237,15 +239,20 @@ def class_for(module: nn.Module, adapter: Adapter) -> type:
     )
 
 
+def _swap(module: nn.Module, cls: type) -> None:
+    # Past nn.Module's own __setattr__, which is slow and looks for parameters.
+    object.__setattr__(module, "__class__", cls)
+
+
 def attach(module: nn.Module, name: str, adapter: Adapter) -> None:
     """Puts an adapter into a module and makes it a host if it is none yet; all checks lie behind the caller."""
-    adapter.train(module.training)
+    if adapter.training != module.training:
+        adapter.train(module.training)
     swapped = class_for(module, adapter)
     if not isinstance(module, Host):
-        module._modules[INNER] = Adapters()
-        module._modules[INNER].training = module.training  # type: ignore[union-attr]
+        module._modules[INNER] = Adapters(module.training)
     module._modules[INNER]._modules[slot(name, adapter.parameter)] = adapter  # type: ignore[union-attr]
-    module.__class__ = swapped
+    _swap(module, swapped)
 
 
 def detach(module: nn.Module, name: str, parameter: str | None = None) -> Adapter:
@@ -253,7 +260,7 @@ def detach(module: nn.Module, name: str, parameter: str | None = None) -> Adapte
     inner: Any = module._modules[INNER]
     adapter: Adapter = inner._modules.pop(slot(name, parameter))
     if not inner._modules:
-        module.__class__ = base_class(module)
+        _swap(module, base_class(module))
         del module._modules[INNER]
         drop_stale_forward(module)
         adapter.settle(module)
@@ -280,7 +287,7 @@ def restorer(module: nn.Module) -> Callable[[], None]:
     held = dict(inner._modules) if isinstance(inner, Adapters) else None
 
     def restore() -> None:
-        module.__class__ = cls
+        _swap(module, cls)
         module.__dict__.update(own)
         if held is None:
             if isinstance(module._modules.get(INNER), Adapters):

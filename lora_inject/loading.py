@@ -11,14 +11,16 @@ from torch import nn
 
 from .adapter import Adapter
 from .adapter_file import SiteRecord
+from .bulk import uncollected
 from .config import Injection, check_name, dtype_name
 from .errors import ConfigError, FormatError, LoraInjectError, MismatchError, listing
-from .fingerprint import fingerprint
+from .fingerprint import fingerprints
 from .formats import Bundle, Source, read_adapter
 from .formats.prefixes import aligned
 from .formats.trained import as_updates
 from .plan import Plan, count_parameters
 from .registry import adapter_for, by_kind
+from .safefile import all_finite
 from .sites import Site, make_site
 from .surgery import build, insert
 from .targets import nearest_paths
@@ -26,6 +28,7 @@ from .ties import share
 from .tree import Node, walk
 
 
+@uncollected()
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -65,7 +68,7 @@ def load(
     every = tuple(site for group in sites.values() for site in group)
     notes = (*file.notes, *([note] if note else []))
     plan = Plan(injection, every, (), {str(path): len(every)}, count_parameters(nodes), notes)
-    insert(model, plan, _filled(file, sites))
+    insert(nodes, plan, _filled(file, sites))
     return plan
 
 
@@ -172,14 +175,14 @@ def _compare(file: Source, record: SiteRecord, site: Site) -> list[str]:
 
 
 def _check_base(file: Source, sites: Mapping[str, list[Site]], placed: Placed) -> None:
-    differ = [
-        path
+    known = [
+        (path, node, site.adapter_class.touches(site.extras))
         for path, group in sites.items()
         for site, node in zip(group, placed[path], strict=True)
-        if site.device.type != "meta"
-        and file.sites[path].base.get("hash") is not None
-        and fingerprint(node, site.adapter_class.touches(site.extras)) != file.sites[path].base
+        if site.device.type != "meta" and file.sites[path].base.get("hash") is not None
     ]
+    found = fingerprints((node, names) for _, node, names in known)
+    differ = [path for (path, _, _), base in zip(known, found, strict=True) if base != file.sites[path].base]
     if differ:
         raise MismatchError(
             f"{file.path}: made for other base weights: {len(differ)} of {len(sites)} sites differ:\n"
@@ -192,8 +195,8 @@ def _filled(file: Source, sites: Mapping[str, list[Site]]) -> list[Adapter]:
     """Returns one adapter per site, holding the file's numbers; those of one record share them."""
     keys = [f"{file.sites[path].prefix}{key}" for path, group in sites.items() for key in group[0].layout]
     tensors = file.read(keys)
-    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if bad:
+    if not all_finite(tensors.values()):
+        bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         raise FormatError(f"{file.path}: NaN or infinity in {len(bad)} tensors:\n{listing(bad)}")
     built: list[Adapter] = []
     for path, group in sites.items():

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import Injection, derive, dtype_name
+from .bulk import uncollected
+from .config import Injection, SiteConfig, derive, dtype_name
 from .errors import LoraInjectError, TargetError, UnsupportedError, listing
 from .host import base_class
 from .recipe import Recipe
@@ -123,6 +124,7 @@ def _site_dict(site: Site) -> dict[str, Any]:
     }
 
 
+@uncollected()
 def plan(model: nn.Module, targets: object, **options: Any) -> Plan:
     """Returns what `inject` with the same arguments would do; changes nothing.
 
@@ -137,9 +139,13 @@ def plan(model: nn.Module, targets: object, **options: Any) -> Plan:
         UnsupportedError: a selected module cannot be served exactly.
         StateError: a selected site has an adapter of that name already.
     """
+    return plan_nodes(walk(model), targets, options)
+
+
+def plan_nodes(nodes: Sequence[Node], targets: object, options: Mapping[str, Any]) -> Plan:
+    """Returns what `plan` does, for a model that was walked already."""
     recipe = targets if isinstance(targets, Recipe) else Recipe(as_targets(targets))
     injection = recipe.injection.override(options)
-    nodes = walk(model)
     selection = Selection(recipe.targets)
     candidates = selection.candidates(nodes)
     sites, skipped, hits = _choose(candidates, recipe.targets, injection)
@@ -161,13 +167,14 @@ def _choose(
     skipped: list[Skipped] = []
     hits = [0] * len(targets)
     problems: list[LoraInjectError] = []
+    settings = _Settings(targets, injection)
     for candidate in candidates:
         why = _reason_to_skip(candidate, excludes)
         if why:
             skipped.append(Skipped(candidate.paths[0], base_class(candidate.node.module).__name__, why))
             continue
         try:
-            sites.append(_site(candidate, targets, injection))
+            sites.append(_site(candidate, settings))
         except LoraInjectError as problem:
             problems.append(type(problem)(f"{candidate.label}: {problem}"))
         for position in candidate.hits:
@@ -191,17 +198,28 @@ def _reason_to_skip(candidate: Candidate, excludes: Sequence[Callable[[str], boo
     return f"no adapter class serves {base_class(candidate.node.module).__name__}"
 
 
-def _site(candidate: Candidate, targets: Sequence[Target], injection: Injection) -> Site:
-    options: dict[str, Any] = {}
-    extras: dict[str, Any] = {}
-    for position in candidate.hits:
-        options.update(targets[position].options)
-        extras.update(targets[position].extras)
+class _Settings(dict[tuple[int, ...], tuple[SiteConfig, dict[str, Any]]]):
+    """Options and extras of a site by the targets that select it, formed once; the last target that says one wins."""
+
+    def __init__(self, targets: Sequence[Target], injection: Injection) -> None:
+        self.targets, self.injection = targets, injection
+
+    def __missing__(self, hits: tuple[int, ...]) -> tuple[SiteConfig, dict[str, Any]]:
+        options: dict[str, Any] = {}
+        extras: dict[str, Any] = {}
+        for position in hits:
+            options.update(self.targets[position].options)
+            extras.update(self.targets[position].extras)
+        self[hits] = derive(self.injection.site, tuple(options.items())), extras
+        return self[hits]
+
+
+def _site(candidate: Candidate, settings: _Settings) -> Site:
+    config, extras = settings[candidate.hits]
     if candidate.parameter is not None:
-        extras["parameter"] = candidate.parameter
+        extras = {**extras, "parameter": candidate.parameter}
     assert candidate.adapter_class is not None
-    config = derive(injection.site, tuple(options.items()))
-    return make_site(candidate.node, candidate.adapter_class, config, injection.name, extras)
+    return make_site(candidate.node, candidate.adapter_class, config, settings.injection.name, extras)
 
 
 def _no_site(
@@ -243,4 +261,5 @@ def _hint(pattern: str, paths: Sequence[str]) -> str:
 def count_parameters(nodes: Sequence[Node]) -> int:
     """Returns how many numbers the modules' parameters hold, shared ones once, adapters left out."""
     unique = {id(p): p for node in nodes for p in node.module._parameters.values() if p is not None}
-    return sum(p.numel() for p in unique.values() if not isinstance(p, nn.parameter.UninitializedParameter))
+    shaped = (p for p in unique.values() if type(p) is nn.Parameter or not nn.parameter.is_lazy(p))
+    return sum(p.numel() for p in shaped)

@@ -56,6 +56,7 @@ class SiteKeys(BaseModel):
     bias: bool = _key("Biases on both factors: true or false.")
     rslora: bool = _key("Scale by alpha / sqrt(rank): true or false.")
     dense: bool = _key("A full-size update where the factors would hold as many numbers: true or false.")
+    train_a: bool = _key("Train A; false keeps it as it was drawn: true or false.")
     init: str = _choice("How A is drawn", INITS)
     factorization: str = _choice("How a convolution's update is split", FACTORIZATIONS)
 

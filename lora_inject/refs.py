@@ -8,11 +8,12 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import Adapter, parameters_of
+from .bulk import uncollected
 from .errors import StateError, did_you_mean
 from .host import Host
 from .sites import join
-from .tree import walk
+from .tree import Node, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +33,13 @@ class AdapterRef:
 
 
 def adapters(model: nn.Module) -> Iterator[AdapterRef]:
-    """Yields every adapter in the model, in the order of the modules, then of injection."""
-    for node in walk(model):
+    """Returns an iterator over every adapter in the model, in the order of the modules, then of injection."""
+    return adapters_in(walk(model))
+
+
+def adapters_in(nodes: Iterable[Node]) -> Iterator[AdapterRef]:
+    """Yields every adapter in the modules of a walk."""
+    for node in nodes:
         if isinstance(node.module, Host):
             for name, adapter in node.module.adapters.named():
                 yield AdapterRef(join(node.path, adapter.parameter), name, node.module, adapter)
@@ -64,7 +70,7 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
         if isinstance(node.module, Host)
         for held, adapter in node.module.adapters.items()
         if held.partition("@")[0] in names
-        for key, parameter in adapter.named_parameters()
+        for key, parameter in parameters_of(adapter)
     }
     return unique(found)
 
@@ -86,7 +92,23 @@ def pick(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
     Raises:
         StateError: the model carries no adapters, or none of one of the names.
     """
-    known = tuple(dict.fromkeys(ref.name for ref in adapters(model)))
+    return _checked(adapters(model), names)
+
+
+@uncollected()
+def chosen(nodes: Iterable[Node], names: tuple[str, ...]) -> list[AdapterRef]:
+    """Returns the adapters of the given names in the modules of a walk, or all where none is given.
+
+    Raises:
+        StateError: as `pick` does.
+    """
+    refs = list(adapters_in(nodes))
+    wanted = _checked(refs, names)
+    return [ref for ref in refs if ref.name in wanted]
+
+
+def _checked(refs: Iterable[AdapterRef], names: tuple[str, ...]) -> tuple[str, ...]:
+    known = tuple(dict.fromkeys(ref.name for ref in refs))
     if not known:
         raise StateError("the model carries no adapters: call lora_inject.inject or load first")
     for name in names:

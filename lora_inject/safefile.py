@@ -7,23 +7,22 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import FormatError
 
-HEADER_LIMIT = 32 * 2**20
-"""Largest header of an adapter file in bytes that is parsed."""
-
-BASE_HEADER_LIMIT = 100_000_000
+HEADER_LIMIT = 100_000_000
 """Largest header in bytes that the safetensors library reads or writes."""
+
+RUN = 2**26
+"""How many bytes of small tensors are read, written or checked in one go."""
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -45,6 +44,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U64": torch.uint64,
     "C64": torch.complex64,
 }
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +94,11 @@ def parse_json(text: str | bytes, where: str) -> Any:
         raise FormatError(f"{where}: not valid JSON: {error}") from None
 
 
-def read_header(path: str | os.PathLike[str], limit: int = HEADER_LIMIT) -> Header:
+def read_header(path: str | os.PathLike[str]) -> Header:
     """Returns the checked header of a safetensors file; no tensor is read.
 
     Args:
         path: the file.
-        limit: how many bytes the header may have.
 
     Raises:
         FormatError: no such file, another format, a truncated file, or entries that contradict the file's size.
@@ -109,7 +108,7 @@ def read_header(path: str | os.PathLike[str], limit: int = HEADER_LIMIT) -> Head
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8 or length > limit:
+            if size < 8 or length > size - 8 or length > HEADER_LIMIT:
                 raise FormatError(
                     f"{path}: not a safetensors file, or a truncated one: its first eight bytes announce a header of "
                     f"{length} bytes, and the file has {size}"
@@ -166,11 +165,65 @@ def read_tensors(header: Header, names: Iterable[str]) -> dict[str, Tensor]:
     Raises:
         FormatError: the file changed or cannot be read any more.
     """
+    wanted = sorted(((header.tensors[name], name) for name in names), key=lambda item: item[0].start)
+    found: dict[str, Tensor] = {}
     try:
-        with safe_open(str(header.path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
+        with header.path.open("rb") as file:
+            for run in _runs(wanted):
+                found.update(_read_run(file, header, run))
+    except OSError as error:
         raise FormatError(f"{header.path}: cannot be read: {error}") from error
+    return found
+
+
+def _runs(entries: Iterable[tuple[Entry, str]]) -> Iterator[list[tuple[Entry, str]]]:
+    """Yields tensors that follow each other in the file, of one dtype, as many as are worth one look."""
+    run: list[tuple[Entry, str]] = []
+    for entry, name in entries:
+        if run and (
+            entry.start != run[-1][0].end or entry.dtype != run[0][0].dtype or entry.end - run[0][0].start > RUN
+        ):
+            yield run
+            run = []
+        run.append((entry, name))
+    if run:
+        yield run
+
+
+def _read_run(file: BufferedReader, header: Header, run: list[tuple[Entry, str]]) -> Iterator[tuple[str, Tensor]]:
+    start, size = run[0][0].start, run[-1][0].end - run[0][0].start
+    raw = bytearray(size)
+    file.seek(header.data + start)
+    if file.readinto(raw) != size:
+        raise OSError("it became shorter while it was read")
+    dtype = run[0][0].dtype
+    flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+    parts = torch.split(flat, [(entry.end - entry.start) // dtype.itemsize for entry, _ in run])
+    for (entry, name), part in zip(run, parts, strict=True):
+        yield name, part.view(entry.shape)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Says whether no tensor holds a NaN or an infinity; looks at many small ones at once."""
+    return all(bool(torch.isfinite(_joined(batch)).all()) for batch in _batches(tensors))
+
+
+def _batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yields tensors that follow each other and have one dtype and device, as many as are worth one look."""
+    batch: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if batch and (tensor.dtype != batch[0].dtype or tensor.device != batch[0].device or size > RUN):
+            yield batch
+            batch, size = [], 0
+        batch.append(tensor)
+        size += tensor.nbytes
+    if batch:
+        yield batch
+
+
+def _joined(batch: list[Tensor]) -> Tensor:
+    return batch[0] if len(batch) == 1 else torch.cat([tensor.reshape(-1) for tensor in batch])
 
 
 def stamp(path: Path, head: int) -> bytes:
@@ -187,8 +240,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     Raises:
         FormatError: the folder does not exist or the disk does not take the file; an older file stays as it was.
     """
-    ready = _apart(tensors)
-    return write_whole(path, lambda beside: save_file(ready, str(beside), dict(metadata)))
+    return write_whole(path, lambda beside: _write(beside, tensors, metadata))
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
@@ -204,23 +256,42 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
         _sync(beside)
         os.replace(beside, path)
         _sync(path.parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, UnicodeEncodeError) as error:
         raise FormatError(f"{path}: cannot be written: {error}") from error
     finally:
         beside.unlink(missing_ok=True)
     return path
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors on the CPU, those that share memory with another one copied: the library refuses them."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        ready = tensor.detach().cpu().contiguous()
-        place = ready.untyped_storage().data_ptr()
-        found[name] = ready.clone() if place in seen else ready
-        seen.add(place)
-    return found
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    # Wide elements first, so that none lies across its own size in the file; the sort is stable.
+    order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    header = _written_header(order, metadata)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for batch in _batches(tensor.detach() for _, tensor in order):
+            file.write(_raw(_joined(batch)))
+
+
+def _written_header(order: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, tensor in order:
+        end = position + tensor.nbytes
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": (position, end)}
+        position = end
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    if len(raw) > HEADER_LIMIT:
+        raise OSError(f"its header would have {len(raw)} bytes, and {HEADER_LIMIT} is what readers take")
+    return raw
+
+
+def _raw(tensor: Tensor) -> bytearray:
+    raw = bytearray(tensor.nbytes)
+    if raw:
+        torch.frombuffer(raw, dtype=tensor.dtype).copy_(tensor.reshape(-1))
+    return raw
 
 
 def _sync(path: Path) -> None:

@@ -59,16 +59,18 @@ class Selection:
 
     def matches(self, position: int, node: Node, parameter: str | None = None) -> bool:
         """Says whether a target selects the module, or its parameter, by path; its type is left aside."""
-        test = self.tests[position]
-        return any(test(join(path, parameter)) for path in node.paths)
+        paths = node.paths if parameter is None else [join(path, parameter) for path in node.paths]
+        return any(map(self.tests[position], paths))
 
     def _hits(self, node: Node, parameter: str | None = None) -> set[int]:
-        found = {i for i in range(len(self.tests)) if self.matches(i, node, parameter)}
-        return {i for i in found if self.targets[i].accepts(node.module)}
+        positions = range(len(self.tests))
+        return {i for i in positions if self.matches(i, node, parameter) and self.targets[i].accepts(node.module)}
 
     def _of(self, node: Node, inherited: dict[int, set[int]]) -> Iterator[Candidate]:
         module = node.module
         hits = self._hits(node) | inherited.pop(id(module), set())
+        if not hits and not module._parameters:
+            return
         adapter_class = self._asked(hits) or adapter_for(module)
         parts = adapter_class.parts(module) if adapter_class is not None else ()
         if parts is None:

@@ -162,17 +162,22 @@ def _check_tensors(
         return torch.get_default_dtype(), torch.get_default_device()
     if tensor is None:
         raise UnsupportedError(f"{base_class(module).__name__} has no parameter {names[0]!r}")
+    if type(tensor) is not nn.Parameter:
+        _check_special(tensor)
+    dtype = adapter_class.weight_dtype(tensor)
+    if not dtype.is_floating_point:
+        raise UnsupportedError(f"its weight has dtype {dtype}: only floating-point weights can be adapted")
+    away = node.away.device if node.away is not None and tensor.is_meta else None
+    return dtype, away or tensor.device
+
+
+def _check_special(tensor: Any) -> None:
     if isinstance(tensor, nn.parameter.UninitializedParameter):
         raise UnsupportedError("its weight has no shape yet: run the model once on real input, then inject")
     if hasattr(tensor, "device_mesh"):
         raise UnsupportedError(
             "its weight is a DTensor (sharded already): inject first, then call fully_shard or parallelize_module"
         )
-    dtype = adapter_class.weight_dtype(tensor)
-    if not dtype.is_floating_point:
-        raise UnsupportedError(f"its weight has dtype {dtype}: only floating-point weights can be adapted")
-    away = node.away.device if node.away is not None and tensor.is_meta else None
-    return dtype, away or tensor.device
 
 
 def share_sites(sites: Sequence[Site]) -> list[Site]:

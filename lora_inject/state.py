@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
+from .adapter import parameters_of
 from .adapter_file import SiteRecord
+from .bulk import uncollected
 from .errors import StateError
-from .fingerprint import fingerprint
+from .fingerprint import fingerprints
 from .formats import Bundle, write_adapter
-from .refs import AdapterRef, adapters, pick, unique
+from .refs import AdapterRef, chosen, unique
 from .sites import join
 from .ties import pair_of
 from .tree import Node, walk
 
 
+@uncollected()
 def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Returns the tensors of one adapter, keyed as in the exported file; they share memory with the model.
 
     Raises:
         StateError: no adapter has that name.
     """
-    owned = [(ref.path, ref.adapter.named_parameters()) for ref in _refs(model, name)]
-    found = {join(path, key): parameter for path, parameters in owned for key, parameter in parameters}
+    return _tensors(chosen(walk(model), (name,)))
+
+
+def _tensors(refs: list[AdapterRef]) -> dict[str, Tensor]:
+    found = {join(ref.path, key): parameter for ref in refs for key, parameter in parameters_of(ref.adapter)}
     return {key: parameter.detach() for key, parameter in unique(found).items()}
 
 
+@uncollected()
 def export(
     model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, format: str = "lora_inject"
 ) -> Path:
@@ -60,26 +68,26 @@ def bundle_of(model: nn.Module, name: str = "default") -> Bundle:
     Raises:
         StateError: no adapter has that name, or its parameters are on the meta device.
     """
-    state = adapter_state(model, name)
-    empty = next((key for key, tensor in state.items() if tensor.is_meta), None)
+    walked = walk(model)
+    chosen_refs = chosen(walked, (name,))
+    empty = next((key for key, tensor in _tensors(chosen_refs).items() if tensor.is_meta), None)
     if empty is not None:
         raise StateError(f"{empty} is on the meta device and holds no numbers: materialise the model first")
-    nodes = {id(node.module): node for node in walk(model)}
+    nodes = {id(node.module): node for node in walked}
     groups: dict[int, list[AdapterRef]] = {}
-    for ref in _refs(model, name):
+    for ref in chosen_refs:
         groups.setdefault(pair_of(ref.adapter), []).append(ref)
-    sites = {refs[0].path: _record(refs, [nodes[id(ref.module)] for ref in refs]) for refs in groups.values()}
     owners = [refs[0] for refs in groups.values()]
-    entries = {ref.path: {key: p.detach() for key, p in ref.adapter.named_parameters()} for ref in owners}
+    bases = fingerprints((nodes[id(ref.module)], ref.adapter.updates) for ref in owners)
+    sites = {
+        refs[0].path: _record(refs, [nodes[id(ref.module)] for ref in refs], base)
+        for refs, base in zip(groups.values(), bases, strict=True)
+    }
+    entries = {ref.path: {key: p.detach() for key, p in parameters_of(ref.adapter)} for ref in owners}
     return Bundle(Path("the model"), name, sites, entries)
 
 
-def _refs(model: nn.Module, name: str) -> list[AdapterRef]:
-    pick(model, (name,))
-    return [ref for ref in adapters(model) if ref.name == name]
-
-
-def _record(refs: list[AdapterRef], nodes: list[Node]) -> SiteRecord:
+def _record(refs: list[AdapterRef], nodes: list[Node], base: dict[str, Any]) -> SiteRecord:
     """Returns the record of adapters that share their parameters; those of a single one in most cases."""
     adapter = refs[0].adapter
     paths = [join(path, ref.adapter.parameter) for ref, node in zip(refs, nodes, strict=True) for path in node.paths]
@@ -89,5 +97,5 @@ def _record(refs: list[AdapterRef], nodes: list[Node]) -> SiteRecord:
         kind=adapter.stored_as or adapter.kind,
         config=adapter.config,
         extras=adapter.describe(),
-        base=fingerprint(nodes[0], adapter.updates),
+        base=base,
     )

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
+from .bulk import uncollected
 from .commit import Undo, all_or_nothing
 from .errors import StateError, UnsupportedError
-from .host import attach, class_for, detach, is_outermost, restorer
+from .host import attach, class_for, detach, is_host, is_outermost, restorer
 from .merge_job import MergeOptions
 from .merging import bake_host, merge_host, unmerge_host
 from .offload import guard, release
-from .plan import Plan, plan
-from .refs import AdapterRef, adapters, by_host, pick
+from .plan import Plan, plan_nodes
+from .refs import AdapterRef, adapters, by_host, chosen
 from .sites import Site
 from .ties import Ties, find_ties, share
 from .tree import Node, walk
@@ -27,6 +28,7 @@ FROZEN = "_lora_inject_frozen"
 """Attribute of a module that names its parameters that trained before the injection."""
 
 
+@uncollected()
 def inject(model: nn.Module, targets: object, **options: Any) -> Plan:
     """Puts low-rank adapters into the modules that the targets select, in place, and returns the plan.
 
@@ -49,6 +51,8 @@ def inject(model: nn.Module, targets: object, **options: Any) -> Plan:
             init (str, "kaiming"): how A is drawn: kaiming, gaussian or orthogonal.
             factorization (str, "pointwise"): for convolutions: pointwise or balanced.
             dtype (torch.dtype, None): of A and B; None means float32 for half-precision bases, else the base's.
+            train_a (bool, True): False keeps A as it was drawn, so that nothing the size of the input is kept for the
+                backward pass (LoRA-FA).
             freeze (bool, True): everything but adapters stops training, until the last adapter goes.
             share_tied (bool, False): sites that hold one and the same weight (a tied embedding and head) share one
                 pair A, B, which is trained from all its uses and merged into the weight without untying it.
@@ -60,7 +64,8 @@ def inject(model: nn.Module, targets: object, **options: Any) -> Plan:
         UnsupportedError: a selected module cannot be served exactly.
         StateError: a selected site has an adapter of that name already.
     """
-    planned = plan(model, targets, **options)
+    nodes = walk(model)
+    planned = plan_nodes(nodes, targets, options)
     seed = planned.injection.seed
     built = [build(site) for site in planned]
     by_path = {site.path: adapter for site, adapter in zip(planned, built, strict=True)}
@@ -69,7 +74,7 @@ def inject(model: nn.Module, targets: object, **options: Any) -> Plan:
             adapter.reset(None if seed is None else _generator(seed, site.path))
         else:
             share(by_path[site.owner], adapter)
-    insert(model, planned, built)
+    insert(nodes, planned, built)
     return planned
 
 
@@ -89,21 +94,21 @@ def _generator(seed: int, path: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def insert(model: nn.Module, planned: Plan, built: list[Adapter]) -> None:
-    """Attaches one built adapter per site, and freezes the rest if the injection asks for it; all or nothing."""
+def insert(nodes: list[Node], planned: Plan, built: list[Adapter]) -> None:
+    """Attaches one built adapter per site, and freezes the rest of the walked model if asked to; all or nothing."""
     with all_or_nothing() as undo:
         for site, adapter in zip(planned, built, strict=True):
             undo(restorer(site.module))
             attach(site.module, planned.name, adapter)
-        for hook in _offloading(model):
+        for hook in _offloading(nodes):
             undo(partial(release, hook))
             guard(hook)
         if planned.injection.freeze:
-            _freeze(walk(model), undo)
+            _freeze(nodes, undo)
 
 
-def _offloading(model: nn.Module) -> list[Any]:
-    hooks = (node.away.hook for node in walk(model) if node.away is not None)
+def _offloading(nodes: list[Node]) -> list[Any]:
+    hooks = (node.away.hook for node in nodes if node.away is not None)
     return list({id(hook): hook for hook in hooks}.values())
 
 
@@ -134,6 +139,7 @@ def _thaw(module: nn.Module, names: list[str] | tuple[str, ...], mark: tuple[str
         module.__dict__.pop(FROZEN, None)
 
 
+@uncollected()
 def uninject(model: nn.Module, name: str | None = None, *, keep_merged: bool = False) -> None:
     """Takes adapters out: same objects, classes, keys, bytes, flags and hooks as before the injection.
 
@@ -148,10 +154,11 @@ def uninject(model: nn.Module, name: str | None = None, *, keep_merged: bool = F
     Raises:
         StateError: no such adapter; `keep_merged` without a merge; or a class that was changed after the injection.
     """
-    names = pick(model, () if name is None else (name,))
-    refs = [ref for ref in adapters(model) if ref.name in names]
+    nodes = walk(model)
+    refs = chosen(nodes, () if name is None else (name,))
     _check_removable(refs, keep_merged)
-    ties = find_ties(model)
+    names = tuple(dict.fromkeys(ref.name for ref in refs))
+    ties = find_ties(model) if any(ref.adapter.merged for ref in refs) else Ties()
     hosts = _leaving(model, refs, names, ties)
     with all_or_nothing() as undo:
         _settle(hosts, keep_merged, ties, undo)
@@ -159,11 +166,11 @@ def uninject(model: nn.Module, name: str | None = None, *, keep_merged: bool = F
             undo(restorer(group[0].module))
         for ref in refs:
             detach(ref.module, ref.name, ref.adapter.parameter)
-        if next(adapters(model), None) is None:
-            for hook in _offloading(model):
+        if not any(is_host(node.module) for node in nodes):
+            for hook in _offloading(nodes):
                 undo(partial(guard, hook))
                 release(hook)
-            _thaw_all(model, undo)
+            _thaw_all(nodes, undo)
 
 
 def _check_removable(refs: list[AdapterRef], keep_merged: bool) -> None:
@@ -228,8 +235,8 @@ def _adopt(host: Any, created: list[str], undo: Undo) -> None:
         host.__dict__[FROZEN] = (*mark, *created)
 
 
-def _thaw_all(model: nn.Module, undo: Undo) -> None:
-    for node in walk(model):
+def _thaw_all(nodes: list[Node], undo: Undo) -> None:
+    for node in nodes:
         mark = node.module.__dict__.get(FROZEN)
         if mark:
             undo(partial(_refreeze, node.module, mark))

@@ -16,8 +16,9 @@ from .host import Host
 from .merge import merged_hosts
 from .merge_job import MergeOptions
 from .merging import merge_host, unmerge_host
-from .refs import adapters, pick
+from .refs import adapters, chosen, pick
 from .ties import Ties, find_ties
+from .tree import walk
 
 
 def disabled(model: nn.Module, *names: str) -> AbstractContextManager[None]:
@@ -37,20 +38,19 @@ def disabled(model: nn.Module, *names: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def _disabled(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
-    refs = [ref for ref in adapters(model) if ref.name in names]
+    refs = chosen(walk(model), names)
     covered = {id(ref.module) for ref in refs if ref.adapter.merged}
-    merged = {path: host for path, host in merged_hosts(model).items() if id(host) in covered}
+    merged = {path: host for path, host in merged_hosts(model).items() if id(host) in covered} if covered else {}
     before = {path: host.adapters.merged_names() for path, host in merged.items()}
     with all_or_nothing() as undo:
         for host in merged.values():
             unmerge_host(host, undo)
-    for ref in refs:
-        ref.adapter.muted += 1
+    muted = [ref.adapter.__dict__ for ref in refs]
+    _mute(muted, 1)
     try:
         yield
     finally:
-        for ref in refs:
-            ref.adapter.muted -= 1
+        _mute(muted, -1)
         ties = find_ties(model) if merged else Ties()
         held = {
             path: [name for name in before[path] if isinstance(host, Host) and host.adapters.of([name])]
@@ -63,6 +63,12 @@ def _disabled(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
             for path, host in merged.items():
                 if held[path]:
                     merge_host(host, path, held[path], options, undo)
+
+
+def _mute(adapters: list[dict[str, Any]], change: int) -> None:
+    """Counts one more, or one fewer, open context in the attributes of adapters, past nn.Module's slow setter."""
+    for state in adapters:
+        state["muted"] = state.get("muted", 0) + change
 
 
 def scaled(model: nn.Module, factor: float, *names: str) -> AbstractContextManager[None]:
@@ -83,7 +89,7 @@ def scaled(model: nn.Module, factor: float, *names: str) -> AbstractContextManag
 
 @contextmanager
 def _scaled(model: nn.Module, factor: float, names: tuple[str, ...]) -> Iterator[None]:
-    refs = [ref for ref in adapters(model) if ref.name in names]
+    refs = chosen(walk(model), names)
     for ref in refs:
         if ref.adapter.merged:
             raise StateError(f"{ref.path}: adapter {ref.name!r} is merged and cannot be scaled: unmerge(model) first")

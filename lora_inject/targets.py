@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -37,7 +38,15 @@ def matcher(pattern: str) -> Callable[[str], bool]:
             raise TargetError(f"pattern {pattern!r}: not a regular expression: {error}") from None
         return lambda path: compiled.fullmatch(path) is not None
     glob = pattern.translate(_UNDIVIDED)
-    return lambda path: fnmatchcase2(path.translate(_UNDIVIDED), glob)
+    # For an undivided name fnmatchcase2 asks the standard library, whose regular expression is made once here.
+    whole = re.compile(fnmatch.translate(glob)).match
+
+    def matches(path: str) -> bool:
+        if "/" in path or "\\" in path:
+            return bool(fnmatchcase2(path.translate(_UNDIVIDED), glob))
+        return whole(path) is not None
+
+    return matches
 
 
 def is_literal(pattern: str) -> bool:
@@ -54,8 +63,9 @@ class Target:
         type: select only modules of this class: a class, a tuple of classes, or the name of a class or base class.
         adapter: serve the sites by this adapter class (or its name) instead of the first that can; the way to adapt
             a whole block: `adapter="block"`.
-        **options: overrides per site (rank, alpha, dropout, bias, rslora, dense, init, factorization, dtype), and
-            what the adapter class asks for itself (a block: `in_features` and `out_features`, or `example`).
+        **options: overrides per site (rank, alpha, dropout, bias, rslora, dense, init, factorization, dtype,
+            train_a), and what the adapter class asks for itself (a block: `in_features` and `out_features`, or
+            `example`).
 
     Raises:
         ConfigError: an option's value cannot be used.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,12 +64,6 @@ class Node:
         return self.paths[0]
 
 
-@dataclass(slots=True)
-class _Walk:
-    nodes: dict[int, Node] = field(default_factory=dict)
-    open: set[int] = field(default_factory=set)
-
-
 def _unwrap(module: nn.Module, key: str) -> tuple[nn.Module, str]:
     for name in WRAPPERS:
         # Not get(): TorchScript's table of children has none.
@@ -80,30 +74,6 @@ def _unwrap(module: nn.Module, key: str) -> tuple[nn.Module, str]:
     return module, key
 
 
-def _visit(walk: _Walk, module: nn.Module, path: str, key: str, away: Away | None) -> None:
-    module, key = _unwrap(module, key)
-    ident = id(module)
-    if ident in walk.open:
-        return
-    for hook in offloading(module.__dict__.get("_hf_hook")):
-        away = Away(hook, len(key))
-    node = walk.nodes.get(ident)
-    if node is None:
-        walk.nodes[ident] = Node(module, [path], key, away)
-    elif path not in node.paths:
-        node.paths.append(path)
-    children = module._modules
-    if not children:
-        return
-    walk.open.add(ident)
-    inherited = away if away is not None and away.hook.place_submodules else None
-    inner = INNER if getattr(type(module), "is_lora_host", False) else None
-    for name, child in children.items():
-        if child is not None and name != inner:
-            _visit(walk, child, f"{path}.{name}" if path else name, f"{key}{name}.", inherited)
-    walk.open.discard(ident)
-
-
 def walk(model: nn.Module, key: str = "", away: Away | None = None) -> list[Node]:
     """Returns every module of the model once, in the order of `named_modules()`, adapters left out.
 
@@ -112,9 +82,37 @@ def walk(model: nn.Module, key: str = "", away: Away | None = None) -> list[Node
         key: the prefix of its entries in the state dict, where it is part of a larger model.
         away: where its tensors are, if a module above it has them offloaded.
     """
-    found = _Walk()
-    _visit(found, model, "", key, away)
-    return list(found.nodes.values())
+    nodes: dict[int, Node] = {}
+    above: set[int] = set()
+
+    def visit(module: nn.Module, path: str, key: str, away: Away | None) -> None:
+        if module._modules:
+            module, key = _unwrap(module, key)
+        ident = id(module)
+        if ident in above:
+            return
+        if "_hf_hook" in module.__dict__:
+            for hook in offloading(module.__dict__["_hf_hook"]):
+                away = Away(hook, len(key))
+        node = nodes.get(ident)
+        if node is None:
+            nodes[ident] = Node(module, [path], key, away)
+        elif path not in node.paths:
+            node.paths.append(path)
+        children = module._modules
+        if not children:
+            return
+        above.add(ident)
+        inherited = away if away is not None and away.hook.place_submodules else None
+        inner = INNER if getattr(type(module), "is_lora_host", False) else None
+        start = f"{path}." if path else ""
+        for name, child in children.items():
+            if child is not None and name != inner:
+                visit(child, start + name, f"{key}{name}.", inherited)
+        above.discard(ident)
+
+    visit(model, "", key, away)
+    return list(nodes.values())
 
 
 Held = tuple[nn.Module, str, torch.Tensor]

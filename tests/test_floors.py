@@ -14,7 +14,7 @@ import lora_inject
 PACKAGE = Path(lora_inject.__file__).parent
 ROOT = PACKAGE.parent
 FLOORS = [
-    {"version", "errors", "tree", "tables", "commit", "recipe_yaml", "fused", "report.spectra"},
+    {"version", "errors", "tree", "tables", "commit", "recipe_yaml", "fused", "bulk", "report.spectra"},
     {"quantized"},
     {"config", "safefile", "keeping", "verdicts", "inspected", "models", "model_inputs", "offload"},
     {"targets", "adapter", "adapter_file"},

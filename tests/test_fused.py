@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+import pickle
 import sys
 
 import pytest
 import torch
 from reference import within
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
@@ -221,6 +225,82 @@ def test_the_input_of_q_k_and_v_is_saved_once_and_no_large_product_at_all():
     extra = {pointer: size for pointer, size in saved.items() if pointer not in held}
     assert x.untyped_storage().data_ptr() in saved
     assert not extra, f"{sum(extra.values())} bytes beside the input and the weights"
+
+
+@transposed
+@pytest.mark.parametrize(("dropout", "ranks"), [(0.0, (2,)), (0.0, (1, 2)), (0.4, (2,))])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_with_the_first_factor_and_the_weight_frozen(transposed, dropout, ranks, shape):
+    x, weight, bias, *factors = numbers(torch.float64, shape, ranks, transposed=transposed, grad=True)
+    for tensor in (weight, *factors[0::2]):
+        tensor.requires_grad_(False)
+
+    def run(x, bias, *seconds):
+        torch.manual_seed(4)
+        pairs = [one for pair in zip(factors[0::2], seconds, strict=True) for one in pair]
+        scales = (1.5, -0.5)[: len(ranks)]
+        return fused_linear(x, weight, bias, scales, pairs, transposed=transposed, dropout=dropout)
+
+    assert gradcheck(run, (x, bias, *factors[1::2]))
+    assert gradgradcheck(run, (x, bias, *factors[1::2]))
+    assert gradcheck(lambda *rest: run(x.detach(), *rest), (bias, *factors[1::2]))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_frozen_a_keeps_only_the_rank_sized_product(dropout):
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64)
+    li.inject(layer, "", rank=2, train_a=False, dropout=dropout)
+    nn.init.normal_(layer.adapters["default"].lora_B)
+    x = torch.randn(32, 64, requires_grad=True) * 1
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        layer(x).sum()
+    held = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    assert sum(size for pointer, size in saved.items() if pointer not in held) == 32 * 2 * 4
+
+
+def test_train_a_freezes_a_alone_and_travels_with_files_and_copies(tmp_path):
+    layer = adapted(train_a=False)
+    flags = {key: p.requires_grad for key, p in layer.named_parameters()}
+    wanted = {"weight": False, "bias": False, "adapters.default.lora_A": False, "adapters.default.lora_B": True}
+    assert flags == wanted
+    assert list(li.adapter_parameters(layer)) == ["adapters.default.lora_A", "adapters.default.lora_B"]
+    layer(torch.randn(3, 6)).sum().backward()
+    assert {key for key, p in layer.named_parameters() if p.grad is not None} == {"adapters.default.lora_B"}
+    twins = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+    li.export(layer, tmp_path / "a.safetensors")
+    fresh = nn.Linear(6, 4)
+    fresh.load_state_dict({key: value for key, value in layer.state_dict().items() if "adapters" not in key})
+    li.load(fresh, tmp_path / "a.safetensors")
+    x = torch.randn(3, 6)
+    for twin in (*twins, fresh):
+        assert {key: p.requires_grad for key, p in twin.named_parameters()} == wanted
+        assert torch.equal(twin(x), layer(x))
+    li.uninject(layer)
+    assert all(p.requires_grad for p in layer.parameters())
+
+
+def test_a_file_from_before_train_a_trains_a(tmp_path):
+    layer, path = adapted(train_a=False), tmp_path / "a.safetensors"
+    li.export(layer, path)
+    with safe_open(path, "pt") as file:
+        meta, tensors = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    described = json.loads(meta["adapter"])
+    assert described["sites"][0].pop("train_a") is False
+    save_file(tensors, path, meta | {"adapter": json.dumps(described)})
+    li.uninject(layer)
+    li.load(layer, path)
+    assert layer.adapters["default"].lora_A.requires_grad
+    described["sites"][0].pop("rank")
+    save_file(tensors, path, meta | {"adapter": json.dumps(described)})
+    with pytest.raises(li.FormatError, match="exactly the keys"):
+        li.load(nn.Linear(6, 4), path)
 
 
 def test_it_is_what_a_plain_layer_runs_and_what_others_do_not(monkeypatch):

@@ -44,6 +44,7 @@ DEFAULTS = {
     "init": "kaiming",
     "factorization": "pointwise",
     "dtype": None,
+    "train_a": True,
     "name": "default",
     "exclude": (),
     "freeze": True,
@@ -59,6 +60,7 @@ dropout: 0.25
 bias: true
 rslora: True
 dense: TRUE
+train_a: false
 init: orthogonal
 factorization: balanced
 dtype: bfloat16
@@ -121,6 +123,7 @@ GOOD = [
             "init": "orthogonal",
             "factorization": "balanced",
             "dtype": torch.bfloat16,
+            "train_a": False,
             "freeze": False,
             "share_tied": True,
             "seed": 7,

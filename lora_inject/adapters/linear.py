@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import sys
 from typing import Any
 
 import torch
@@ -39,10 +40,14 @@ class MatrixAdapter(FactoredAdapter, abc.ABC):
         """Returns the output by one fused function where that computes the same, else by the parts."""
         x: Any = args[0] if args else next(iter(kwargs.values()), None)
         weight, bias = host._parameters["weight"], host._parameters["bias"]
-        if not live or not can_fuse(x, weight, bias) or not all(adapter.fuses(len(live)) for adapter in live):
+        if not live or not can_fuse(x, weight, bias):
             return super().host_forward(host, live, *args, **kwargs)
-        factors = [factor for adapter in live for factor in adapter.met()]
-        scales = tuple(adapter.strength for adapter in live)
+        factors: list[Tensor] = []
+        for adapter in live:
+            if not adapter.fuses(len(live)):
+                return super().host_forward(host, live, *args, **kwargs)
+            factors += adapter.met()
+        scales = tuple([adapter.strength for adapter in live])
         dropout = live[0].config.dropout if live[0].training else 0.0
         return fused_linear(x, weight, bias, scales, factors, transposed=cls.transposed, dropout=dropout)
 
@@ -53,7 +58,9 @@ class MatrixAdapter(FactoredAdapter, abc.ABC):
 
     def met(self) -> tuple[Tensor, Tensor]:
         """Returns the stored factors in the order in which the input meets them."""
-        return (self.lora_B, self.lora_A) if self.transposed else (self.lora_A, self.lora_B)
+        # Past nn.Module's __getattr__, which takes longer than a small product.
+        a, b = self._parameters["lora_A"], self._parameters["lora_B"]
+        return (b, a) if self.transposed else (a, b)  # type: ignore[return-value]
 
     def update(self, host: Any, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Adds scaling times the low-rank path, computed in the input's dtype."""
@@ -187,10 +194,9 @@ class Conv1DAdapter(MatrixAdapter):
 
 
 def _conv1d_class(base: type) -> type | None:
-    for known in base.__mro__:
-        if known.__name__ == "Conv1D" and known.__module__ == "transformers.pytorch_utils":
-            return known
-    return None
+    # Where nothing has imported its file, there is no such class yet.
+    known = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return known if known is not None and issubclass(base, known) else None
 
 
 def _transposed_linear(host: Any, x: Tensor) -> Tensor:

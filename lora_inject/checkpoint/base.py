@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError, did_you_mean, listing
-from ..safefile import BASE_HEADER_LIMIT, Entry, Header, parse_json, read_header
+from ..safefile import Entry, Header, parse_json, read_header
 
 INDEX = ".safetensors.index.json"
 CONFIG = "config.json"
@@ -85,13 +85,13 @@ def read_base(path: str | os.PathLike[str]) -> Base:
     """
     root = Path(path)
     if not root.is_dir():
-        return Base(root, (read_header(root, BASE_HEADER_LIMIT),), None, "")
+        return Base(root, (read_header(root),), None, "")
     found = _find_index(root)
     if found is None:
-        return Base(root, (read_header(_single(root), BASE_HEADER_LIMIT),), None, "")
+        return Base(root, (read_header(_single(root)),), None, "")
     index = parse_json(_text(found), str(found))
     names = _shard_names(index, found)
-    base = Base(root, tuple(read_header(root / name, BASE_HEADER_LIMIT) for name in names), index, found.name)
+    base = Base(root, tuple(read_header(root / name) for name in names), index, found.name)
     _check_index(base, found)
     return base
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..safefile import BASE_HEADER_LIMIT, read_header
+from ..safefile import read_header
 from .base import INDEX
 from .carry import REPORTS
 from .journal import Journal
@@ -61,7 +61,7 @@ def _index(plan: CheckpointPlan, journal: Journal) -> bytes:
     where: dict[str, str] = {}
     size = count = 0
     for shard in plan.shards:
-        header = read_header(journal.files / shard.name, BASE_HEADER_LIMIT)
+        header = read_header(journal.files / shard.name)
         where |= dict.fromkeys(header.tensors, shard.name)
         size += sum(entry.end - entry.start for entry in header.tensors.values())
         count += sum(torch.Size(entry.shape).numel() for entry in header.tensors.values())

@@ -1,0 +1,168 @@
+"""A training step and what it keeps for the backward pass: lora_inject, PEFT and the frozen model side by side.
+
+`python scripts/bench_training.py` trains adapters on all seven projections of a small Llama on the CPU, in float32 and
+bfloat16, with and without dropout. `--device cuda` takes the sizes of Llama-3-8B (hidden 4096, sequence 2048, a few
+blocks), bfloat16 and ranks 16 and 64, and reports peak memory. `--compile` compares the models under torch.compile.
+The floor is the same model frozen, its embedding output requiring grad. Overhead is step time / floor - 1.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lora_inject as li
+from bench_common import PROJECTIONS, machine, markdown, overhead, parser, ratio, rounds
+
+SIZES: dict[str, dict[str, int]] = {
+    "cpu": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8},
+    "cuda": {
+        **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_attention_heads": 32},
+        "num_key_value_heads": 8,
+    },
+    "quick": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+}
+SHAPES = {"cpu": (4, 128), "cuda": (2, 2048), "quick": (2, 8)}
+
+
+def models(base: nn.Module, rank: int, dropout: float) -> dict[str, nn.Module]:
+    """Returns the frozen model, and copies with our adapters and with PEFT's, in float32, with equal numbers."""
+    floor = copy.deepcopy(base).requires_grad_(False)
+    ours, theirs = copy.deepcopy(base), copy.deepcopy(floor)
+    li.inject(ours, [f"*.{name}" for name in PROJECTIONS], rank=rank, dropout=dropout, dtype=torch.float32)
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=list(PROJECTIONS))
+    theirs = inject_adapter_in_model(config, theirs)
+    with torch.no_grad():
+        for ref in li.adapters(ours):
+            nn.init.normal_(ref.adapter.lora_B, std=0.02)
+            layer: Any = theirs.get_submodule(ref.path)
+            for own, name in ((ref.adapter.lora_A, "lora_A"), (ref.adapter.lora_B, "lora_B")):
+                # As get_peft_model does by default: adapters in float32 on a half-precision base.
+                getattr(layer, name)["default"].weight.data = own.detach().clone()
+    return {"floor": floor, "ours": ours, "PEFT": theirs}
+
+
+def step(model: nn.Module, ids: Tensor) -> Tensor:
+    """Runs forward and backward once and returns the loss; the gradients are dropped by the next call."""
+    model.zero_grad(set_to_none=True)
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)  # type: ignore[operator]
+    loss: Tensor = model(inputs_embeds=embedded, use_cache=False).logits.float().square().mean()
+    loss.backward()
+    return loss
+
+
+def kept(model: nn.Module, ids: Tensor) -> int:
+    """Returns how many bytes autograd saves beside the parameters, each storage once."""
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        # Alive until the end, so that no other tensor gets its address.
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)  # type: ignore[operator]
+        out = model(inputs_embeds=embedded, use_cache=False).logits
+    assert out.requires_grad
+    return sum(size for storage, size in saved.items() if storage not in own)
+
+
+def peak(run: Callable[[], object]) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - held
+
+
+def agreement(held: dict[str, nn.Module], ids: Tensor) -> float:
+    """Returns the largest relative difference between our gradients and PEFT's, without dropout."""
+    losses = {name: step(held[name].eval(), ids) for name in ("ours", "PEFT")}
+    assert torch.isfinite(losses["ours"])
+    worst = 0.0
+    for ref in li.adapters(held["ours"]):
+        layer: Any = held["PEFT"].get_submodule(ref.path)
+        for own, name in ((ref.adapter.lora_A, "lora_A"), (ref.adapter.lora_B, "lora_B")):
+            other = getattr(layer, name)["default"].weight.grad
+            assert own.grad is not None and other is not None
+            worst = max(worst, float((own.grad - other).norm() / other.norm()))
+    for model in held.values():
+        model.train()
+    return worst
+
+
+def cases(options: Namespace) -> Iterator[tuple[torch.dtype, int, float]]:
+    if options.device == "cuda":
+        yield from ((torch.bfloat16, rank, dropout) for rank in (16, 64) for dropout in (0.0, 0.1))
+        return
+    for dtype in (torch.float32, torch.bfloat16):
+        yield from ((dtype, 16, dropout) for dropout in (0.0, 0.1))
+
+
+def measure(options: Namespace, dtype: torch.dtype, rank: int, dropout: float) -> list[object]:
+    size = "quick" if options.quick else options.device
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES[size], vocab_size=512, attn_implementation="sdpa")
+    base = LlamaForCausalLM(config).to(options.device, dtype).train()
+    shape = SHAPES[size]
+    if size == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        # A processor that only emulates bfloat16 is forty times slower in it.
+        shape = (1, 64)
+    ids = torch.randint(0, 512, shape, device=options.device)
+    held = models(base, rank, dropout)
+    worst = agreement(held, ids)
+    assert worst < (1e-3 if dtype == torch.float32 else 0.1), f"gradients differ by {worst:.2g}"
+    if options.device == "cuda":
+        memory: dict[str, int] = {name: peak(lambda m=model: step(m, ids)) for name, model in held.items()}
+    else:
+        memory = {name: kept(model, ids) for name, model in held.items()}
+    if options.compile:
+        for model in held.values():
+            model.compile(fullgraph=True)
+    runs = {name: (lambda m=model: step(m, ids)) for name, model in held.items()}
+    # What a slow machine cannot do in its share of four minutes is measured in fewer rounds.
+    began = time.perf_counter()
+    runs["floor"]()
+    once = time.perf_counter() - began
+    count = 1 if options.quick else max(3, min(options.rounds, int(12 / max(once, 1e-3))))
+    times = rounds(runs, count, options.device, warm=1)
+    ours, theirs = overhead(times, "ours"), overhead(times, "PEFT")
+    mine, other = (memory[name] - memory["floor"] for name in ("ours", "PEFT"))
+    return [
+        *(
+            str(dtype).removeprefix("torch."),
+            rank,
+            dropout,
+            ids.numel(),
+            f"{sorted(times['floor'])[count // 2]:.3f} s",
+            count,
+        ),
+        *(f"{ours:.3f}", f"{theirs:.3f}", ratio(ours, theirs)),
+        *(f"{mine / 1e6:.1f} MB", f"{other / 1e6:.1f} MB", ratio(mine, other), f"{worst:.1g}"),
+    ]
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument("--compile", action="store_true", help="under torch.compile, without graph breaks")
+    made.add_argument("--rounds", type=int, default=15)
+    options = made.parse_args()
+    torch.set_num_threads(options.threads)
+    memory = "peak above held" if options.device == "cuda" else "kept"
+    headers = ["base", "rank", "dropout", "tokens", "floor", "rounds", "overhead", "PEFT's", "ratio"]
+    headers += [memory, "PEFT's", "ratio", "gradients differ by"]
+    rows = [measure(options, *case) for case in cases(options)]
+    print(markdown(headers, rows), machine(options.device), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
