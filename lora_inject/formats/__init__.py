@@ -15,9 +15,10 @@ from .gguf import Gguf
 from .kohya import Kohya
 from .mlx import Mlx
 from .native import LoraInject
+from .peft import Peft
 from .torchtune import Torchtune
 
-FORMATS: tuple[Format, ...] = (LoraInject(), Mlx(), Torchtune(), Gguf(), Kohya(), Diffusers())
+FORMATS: tuple[Format, ...] = (LoraInject(), Peft(), Mlx(), Torchtune(), Gguf())
 """All formats, asked in this order whether they recognise a file."""
 
 __all__ = ["FORMATS", "Bundle", "Source", "read_adapter", "write_adapter"]
