@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError, UnsupportedError
+from .peft_experts import Version
 from .peft_patterns import Patterns
 
 VERSION = "0.21.2"
-"""The PEFT whose layout is written."""
+"""The PEFT whose layout is written, and the newest that this reader knows."""
 
 SILENT = frozenset(
     "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules "
@@ -93,7 +94,7 @@ class PeftConfig:
         dropout: dropout while training.
         fan_in_fan_out: the linear layers are transposed ones.
         parameters: ends of the paths of single parameters that have low-rank pairs.
-        version: major and minor number of the PEFT that wrote it, where it says so.
+        version: the PEFT that wrote it, where it says so.
     """
 
     file: str
@@ -105,7 +106,7 @@ class PeftConfig:
     dropout: float
     fan_in_fan_out: bool
     parameters: tuple[str, ...]
-    version: tuple[int, int] | None
+    version: Version | None
 
     def rank_of(self, path: str) -> int:
         """Returns the rank for a path of the wrapped model."""
@@ -136,7 +137,7 @@ def parse_config(raw: Mapping[str, Any], file: Path) -> PeftConfig:
         dropout=raw.get("lora_dropout") or 0.0,
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
         parameters=tuple(raw.get("target_parameters") or ()),
-        version=_version(raw.get("peft_version")),
+        version=version_of(raw.get("peft_version")),
     )
 
 
@@ -165,6 +166,7 @@ def _check_features(raw: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _version(text: str | None) -> tuple[int, int] | None:
-    found = re.match(r"(\d{1,4})\.(\d{1,4})(?!\d)", text or "", re.ASCII)
-    return (int(found[1]), int(found[2])) if found else None
+def version_of(text: str | None) -> Version | None:
+    """Returns the three numbers of a version, or None where the text is none."""
+    found = re.match(r"(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?(?!\d)", text or "", re.ASCII)
+    return (int(found[1]), int(found[2]), int(found[3] or 0)) if found else None

@@ -12,8 +12,10 @@ from ..errors import FormatError, MismatchError, UnsupportedError
 from ..host import base_tensor
 from .factors import Factors
 
-FLIPPED_IN = (0, 19)
-"""The PEFT from which A meets the last axis of a parameter (E, out, in); before, always the second."""
+Version = tuple[int, int, int]
+ODD = (0, 19, 0)
+"""The one PEFT that took `is_transposed` the wrong way round: before it, A always met the second axis of a parameter
+(E, ., .), after it the last one, but for modules that say `is_transposed`."""
 
 
 def pack(factors: Factors) -> tuple[Tensor, Tensor]:
@@ -56,7 +58,7 @@ def to_peft(factors: Factors, module: nn.Module) -> Factors:
 
 
 def from_peft(
-    path: str, name: str, pair: tuple[Tensor, Tensor], module: nn.Module, version: tuple[int, int] | None, where: object
+    path: str, name: str, pair: tuple[Tensor, Tensor], module: nn.Module, version: Version | None, where: object
 ) -> tuple[Tensor, Tensor]:
     """Returns A and B by rows and columns of the stored parameter.
 
@@ -71,38 +73,36 @@ def from_peft(
     Raises:
         MismatchError: the pair does not fit the parameter.
         FormatError: a square parameter, and nothing says which axis comes first.
-        UnsupportedError: a single expert in a layout in which PEFT adds the update untransposed.
     """
     shape = tuple(base_tensor(module, name).shape)
     a, b = pair
-    site, sizes = f"{path}.{name}", (b.shape[0], a.shape[-1])
-    if len(shape) == 2 and sizes == shape:
-        return a, b
     count, *matrix = shape if len(shape) == 3 else (1, *shape)
-    straight, turned = sizes == tuple(matrix), sizes == tuple(matrix[::-1])
-    fits = turned if in_first(module) else straight or turned
-    if len(shape) != 3 or not fits or a.shape[0] % count:
-        raise MismatchError(f"{where}: {site}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit {shape}")
-    flipped = _flipped(site, module, straight and turned, turned, version, where)
+    sizes = [b.shape[0], a.shape[-1]]
+    # A single matrix gets B A as it is, in every PEFT.
+    straight, turned = sizes == matrix, sizes == matrix[::-1] and count > 1
+    if len(shape) not in (2, 3) or not (straight or turned) or a.shape[0] % count:
+        raise MismatchError(f"{where}: {path}.{name}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit {shape}")
+    if len(shape) == 2:
+        return a, b
     stack = unpack(a, b, count)
-    if not flipped:
-        return stack
-    _check_single(site, count)
-    return stack[1].mT, stack[0].mT
+    flipped = _flipped(f"{path}.{name}", module, version, where) if straight and turned else turned
+    return (stack[1].mT, stack[0].mT) if flipped else stack
 
 
-def _flipped(
-    site: str, module: nn.Module, square: bool, turned: bool, version: tuple[int, int] | None, where: object
-) -> bool:
-    """Says whether the pair makes the update of (E, in, out)."""
-    if in_first(module) or not square:
-        return turned
-    if version is None:
-        raise FormatError(
-            f"{where}: {site}: its matrices are square, PEFT {FLIPPED_IN[0]}.{FLIPPED_IN[1]} turned the order of their "
-            "axes, and the config has no peft_version: add the version of PEFT that trained the adapter"
-        )
-    return version < FLIPPED_IN
+def _flipped(site: str, module: nn.Module, version: Version | None, where: object) -> bool:
+    """Says whether the pair of square matrices makes the update of (E, in, out)."""
+    if version is not None:
+        return version < ODD or in_first(module) == (version > ODD)
+    if in_first(module):
+        return True
+    raise FormatError(
+        f"{where}: {site}: its matrices are square, PEFT turned the order of their axes after {_text(ODD)}, and the "
+        "config has no peft_version: add the version of PEFT that trained the adapter"
+    )
+
+
+def _text(version: Version) -> str:
+    return ".".join(map(str, version))
 
 
 def _check_single(site: str, count: int) -> None:

@@ -13,7 +13,7 @@ from ..errors import FormatError, MismatchError, UnsupportedError
 from ..tree import walk
 from .content import CONFIG, Content
 from .factors import Factors
-from .peft_config import PeftConfig, parse_config
+from .peft_config import VERSION, PeftConfig, parse_config, version_of
 from .peft_experts import from_peft, order
 from .peft_keys import BIAS, EMBEDDING, PAIR, Keys, sort_keys
 from .peft_layouts import OUTPUT_FACTOR
@@ -21,6 +21,8 @@ from .peft_limits import check_conv, check_padding
 from .peft_patterns import ends
 from .prefixes import aligned
 from .resolve import Parsed
+
+LAST_DOUBLED = version_of(VERSION)
 
 
 class Reading:
@@ -66,10 +68,11 @@ class Reading:
             pairs = zip(names, levels, strict=True)
             return [self._parameter(path, name, slots) for name, slots in pairs]
         if self._attention(path):
-            return [replace(self._pair(path, path, levels[0]), kind="attention", parameter="in_proj_weight")]
+            # PEFT adds no bias to the packed projection, whatever the file holds.
+            packed = replace(self._pair(path, path, levels[0]), bias=None)
+            return [replace(packed, kind="attention", parameter="in_proj_weight")]
         if path in self.keys.projections:
-            output = self._pair(path, path.rpartition(".")[0], levels[0])
-            return [replace(output, alpha=output.alpha * OUTPUT_FACTOR)]
+            return [self._projection(path, levels[0])]
         return [self._fitting(self._pair(path, path, levels[0]))]
 
     def _pair(self, path: str, key: str, slots: Mapping[str, str]) -> Factors:
@@ -95,6 +98,18 @@ class Reading:
         if module is not None and factors.kind == "conv":
             check_conv(factors, module)
         return check_padding(factors, module) if module is not None and factors.kind == "embedding" else factors
+
+    def _projection(self, path: str, slots: Mapping[str, str]) -> Factors:
+        """Returns the pair of an attention's output projection, as large as PEFT makes it."""
+        version = self.config.version
+        if version is not None and LAST_DOUBLED is not None and version > LAST_DOUBLED:
+            raise UnsupportedError(
+                f"{self.path}: {path}: PEFT up to {VERSION} adds the update of an attention's output projection twice; "
+                "a newer one wrote this adapter, and whether it still does is not known here: merge the adapter in PEFT"
+            )
+        output = self._pair(path, path.rpartition(".")[0], slots)
+        bias = None if output.bias is None else output.bias / OUTPUT_FACTOR  # that, PEFT adds once
+        return replace(output, alpha=output.alpha * OUTPUT_FACTOR, bias=bias)
 
     def _attention(self, path: str) -> bool:
         """Says whether the pair belongs to the packed input projection of an attention."""
