@@ -87,7 +87,9 @@ EXPERTS = {
 HEAD = li.Target("head.*", adapter="full")
 CASES = {
     "linear": Case(linear, rows),
-    "linear-rslora": Case(linear, rows, options={"rslora": True}, peft={"target_modules": ["layer"], "use_rslora": True}),
+    "linear-rslora": Case(
+        linear, rows, options={"rslora": True}, peft={"target_modules": ["layer"], "use_rslora": True}
+    ),
     "linear-bias": Case(linear, rows, options={"bias": True}, peft={"target_modules": ["layer"], "lora_bias": True}),
     "linear-dense": Case(linear, rows, options={"rank": 5, "dense": True}),
     "conv1d": Case(

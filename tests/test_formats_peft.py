@@ -9,13 +9,11 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft_cases import CASES, EXPERTS, Case, experts, linear, rows
+from peft_cases import CASES, EXPERTS, Case, experts, rows
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_inject as li
-from lora_inject.formats import read_adapter, write_adapter
-from lora_inject.state import bundle_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

@@ -11,6 +11,7 @@ import typer
 
 from . import (  # noqa: F401 - importing a command adds it to the application
     add,
+    check,
     convert,
     extract,
     inspect,

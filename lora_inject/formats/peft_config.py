@@ -16,13 +16,11 @@ from .peft_patterns import Patterns
 VERSION = "0.21.2"
 """The PEFT whose layout is written, and the newest that this reader knows."""
 
-SILENT = frozenset(
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules "
-    "exclude_modules modules_to_save layers_to_transform layers_pattern megatron_core qalora_group_size runtime_config "
-    "loftq_config eva_config corda_config lora_ga_config init_lora_weights r lora_alpha lora_dropout fan_in_fan_out "
-    "bias use_rslora rank_pattern alpha_pattern lora_bias target_parameters".split()
+SILENT = (
+    *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "runtime_config"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
 )
-"""Keys that are read elsewhere, or that say nothing of what the tensors do. No name or path in them is followed."""
+"""Keys that say nothing of what the tensors do. No name or path in them is followed."""
 
 FEATURES: dict[str, str] = {
     "use_dora": "DoRA (a magnitude per output beside the low-rank pair)",
@@ -52,6 +50,10 @@ def _size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
+def _layer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
@@ -73,6 +75,11 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "exclude_modules": (lambda value: isinstance(value, str) or _names(value), "a string or a list of strings"),
     "target_parameters": (_names, "a list of strings"),
     "modules_to_save": (_names, "a list of strings"),
+    "layers_to_transform": (
+        lambda value: _layer(value) or (isinstance(value, list) and all(map(_layer, value))),
+        "a number or a list of numbers",
+    ),
+    "layers_pattern": (lambda value: isinstance(value, str) or _names(value), "a string or a list of strings"),
     "init_lora_weights": (lambda value: isinstance(value, (bool, str)), "true, false or a string"),
     "peft_version": (lambda value: isinstance(value, str), "a string"),
     **dict.fromkeys(("use_rslora", "fan_in_fan_out", "lora_bias", "use_dora"), _FLAG),
@@ -154,10 +161,18 @@ def _check_features(raw: Mapping[str, Any], where: str) -> None:
     if raw["peft_type"] != "LORA":
         raise UnsupportedError(f"{where}: peft_type {raw['peft_type'][:80]!r} is no LoRA: only LORA is read")
     for key, value in raw.items():
-        if key in SILENT or value in (None, False, "") or value == [] or value == {}:
+        if (
+            key in SILENT
+            or (key in _CHECKS and key not in FEATURES)
+            or value in (None, False, "")
+            or value == []
+            or value == {}
+        ):
             continue
         feature = FEATURES.get(key, "which this version of lora_inject does not know")
-        raise UnsupportedError(f"{where}: {key} = {str(value)[:80]}: {feature}: the adapter is more than low-rank pairs")
+        raise UnsupportedError(
+            f"{where}: {key} = {str(value)[:80]}: {feature}: the adapter is more than low-rank pairs"
+        )
     init = str(raw.get("init_lora_weights", True)).lower()
     if init.startswith(CHANGES_BASE):
         raise UnsupportedError(

@@ -52,9 +52,13 @@ def sort_keys(names: Iterable[str], where: object) -> Keys:
     strange = [name for name in names if not _sort(name, name.removeprefix(prefix), pairs, found)]
     dora = [name for name in strange if "lora_magnitude_vector" in name]
     if dora:
-        raise UnsupportedError(f"{where}: DoRA, which scales every output, is more than a low-rank pair:\n{listing(dora)}")
+        raise UnsupportedError(
+            f"{where}: DoRA, which scales every output, is more than a low-rank pair:\n{listing(dora)}"
+        )
     if strange:
-        raise FormatError(f"{where}: {len(strange)} tensors that belong to no low-rank pair of PEFT:\n{listing(strange)}")
+        raise FormatError(
+            f"{where}: {len(strange)} tensors that belong to no low-rank pair of PEFT:\n{listing(strange)}"
+        )
     for path, slots in pairs.items():
         if tuple(sorted(slots.keys() - {BIAS})) not in (PAIR, EMBEDDING) or (BIAS in slots and PAIR[0] not in slots):
             raise FormatError(f"{where}: {path}: {', '.join(sorted(slots))} make no pair: one tensor of it is missing")

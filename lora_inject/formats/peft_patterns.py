@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Collection, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..errors import FormatError
 
@@ -128,3 +128,37 @@ def shortest(paths: Collection[str], known: Collection[str] | None) -> list[str]
 
 def _suffix_in(path: str, names: Collection[str]) -> bool:
     return any(path[place + 1 :] in names for place, letter in enumerate(path) if letter == ".")
+
+
+def selects(config: Mapping[str, Any], path: str, where: str) -> bool:
+    """Says whether a config of PEFT, its types checked, makes it adapt the module of that path.
+
+    Raises:
+        FormatError: an expression that is broken or too costly to match.
+    """
+    if _meant(config.get("exclude_modules") or [], path, where):
+        return False
+    targets = config.get("target_modules") or []
+    if targets == "all-linear":
+        return True
+    return _meant(targets, path, where) and (isinstance(targets, str) or _in_layers(config, path, where))
+
+
+def _meant(names: str | list[str], path: str, where: str) -> bool:
+    """A string is an expression for whole paths, a list holds ends of paths."""
+    return bool(checked(names, names, where).fullmatch(path)) if isinstance(names, str) else ends(path, names)
+
+
+def _in_layers(config: Mapping[str, Any], path: str, where: str) -> bool:
+    """Says whether the number of the path's layer is one of `layers_to_transform`."""
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    patterns = config.get("layers_pattern") or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    expressions = [(rf"(?:^|.*?\.){pattern}\.(\d+)\.", pattern) for pattern in patterns] or [
+        (r".*?\.[^.]*\.(\d+)\.", "")
+    ]
+    found = (checked(expression, pattern, where).match(path) for expression, pattern in expressions)
+    number = next((match[1] for match in found if match), None)
+    return number is not None and int(number) in ([layers] if isinstance(layers, int) else layers)

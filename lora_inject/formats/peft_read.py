@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +146,9 @@ class Reading:
             raise FormatError(f"{self.path}: {path}.{name}: the pair of a parameter must be two matrices")
         a, b = from_peft(path, name, pair, module, self.config.version, self.path)
         key = f"{path}.{name}"
-        factors = Factors(path=path, a=a, b=b, alpha=self.config.alpha_of(key), rslora=self.config.rslora, parameter=name)
+        factors = Factors(
+            path=path, a=a, b=b, alpha=self.config.alpha_of(key), rslora=self.config.rslora, parameter=name
+        )
         self._check_rank(key, key, pair[0], factors.rank)
         return factors
 
@@ -174,5 +175,3 @@ class Reading:
         if not self.keys.idle:
             return ()
         return (f"{len(self.keys.idle)} tensors called original_module are the base's: they take no part",)
-
-
