@@ -161,13 +161,8 @@ def _check_features(raw: Mapping[str, Any], where: str) -> None:
     if raw["peft_type"] != "LORA":
         raise UnsupportedError(f"{where}: peft_type {raw['peft_type'][:80]!r} is no LoRA: only LORA is read")
     for key, value in raw.items():
-        if (
-            key in SILENT
-            or (key in _CHECKS and key not in FEATURES)
-            or value in (None, False, "")
-            or value == []
-            or value == {}
-        ):
+        understood = key in SILENT or (key in _CHECKS and key not in FEATURES)
+        if understood or value in (None, False, "", [], {}):
             continue
         feature = FEATURES.get(key, "which this version of lora_inject does not know")
         raise UnsupportedError(

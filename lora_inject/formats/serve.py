@@ -133,14 +133,14 @@ def _error(exact: Factors, rounded: Factors) -> float:
     size = _norm(exact.b, exact.a)
     b = torch.cat([exact.b.double(), -rounded.b.double()], 1)
     a = torch.cat([exact.a.double(), rounded.a.double()], 0)
-    found = _norm(b, a) / size if size else 0.0
-    return found if math.isfinite(found) else math.inf
+    return _norm(b, a) / size if size else 0.0
 
 
 def _norm(b: Tensor, a: Tensor) -> float:
     """Returns the Frobenius norm of B A without forming it: sqrt of the sum of (B^T B) * (A A^T)."""
     b, a = b.double(), a.double()
-    return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
+    square = float(((b.T @ b) * (a @ a.T)).sum())
+    return math.sqrt(max(0.0, square)) if math.isfinite(square) else math.inf
 
 
 def _report(exact: list[Factors], rounded: list[Factors], dtype: torch.dtype) -> str:
