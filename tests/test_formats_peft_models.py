@@ -67,7 +67,8 @@ def loaded_by_peft(base: nn.Module, folder) -> PeftModel:
 
 def output(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        found = model.eval()(ids)
+        experts = any("experts" in name for name, _ in model.named_modules())  # they have no kernel for float64
+        found = (model if experts else copy.deepcopy(model).double()).eval()(ids)
     return found.logits if hasattr(found, "logits") else found.last_hidden_state
 
 
