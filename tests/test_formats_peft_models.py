@@ -171,6 +171,62 @@ def test_some_experts_alone(tmp_path):
     )
 
 
+def glm() -> nn.Module:
+    """Packed experts beside shared and dense layers of the names that experts once had."""
+    config = transformers.Glm4MoeConfig(
+        vocab_size=30,
+        hidden_size=8,
+        intermediate_size=16,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+    )
+    return transformers.Glm4MoeForCausalLM(config).eval()
+
+
+def test_layers_that_peft_would_take_for_experts(tmp_path):
+    base = glm()
+    targets = [
+        "*.q_proj",
+        "*.down_proj",
+        "*.shared_experts.up_proj",
+        li.Target("*.0.self_attn.q_proj", rank=3, alpha=1),
+    ]
+    model = injected(base, targets)
+    folder = li.export(model, tmp_path / "out", format="peft")
+    assert (output(model, IDS) - output(base, IDS)).abs().max() > 1e-3
+    assert torch.allclose(output(loaded_by_peft(base, folder), IDS), output(model, IDS), rtol=0, atol=1e-6)
+    again = copy.deepcopy(base)
+    li.load(again, folder)
+    assert torch.equal(output(again, IDS), output(model, IDS))
+    assert [(r.path, r.adapter.kind) for r in li.adapters(again)] == [
+        (r.path, r.adapter.kind) for r in li.adapters(model)
+    ]
+    linear = injected(base, ["*.q_proj", "*.shared_experts.down_proj"])
+    served = li.export(linear, tmp_path / "served", format="peft", profile="serve")
+    assert json.loads((served / CONFIG).read_text())["target_modules"] == ["down_proj", "q_proj"]
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match any targeted module:RuntimeWarning")
+def test_parameters_of_several_ranks(tmp_path):
+    """PEFT says that it ignores the patterns, and does not."""
+    base = glm()
+    targets = ["*.experts.gate_up_proj", li.Target("*.experts.down_proj", rank=5, alpha=7, rslora=True)]
+    model = injected(base, [*targets, li.Target("*.0.mlp.up_proj", rank=3, alpha=1)])
+    folder = li.export(model, tmp_path / "out", format="peft")
+    assert torch.allclose(output(loaded_by_peft(base, folder), IDS), output(model, IDS), rtol=0, atol=1e-6)
+    again = copy.deepcopy(base)
+    li.load(again, folder)
+    assert torch.allclose(output(again, IDS), output(model, IDS), rtol=0, atol=1e-7)
+
+
 def bert_classifier() -> nn.Module:
     config = transformers.BertConfig(
         vocab_size=30, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, num_labels=3

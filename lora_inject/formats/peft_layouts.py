@@ -15,9 +15,12 @@ from .factors import Factors, alpha_for
 from .peft_experts import order, pack, to_peft
 from .peft_keys import BASE, BIAS, EMBEDDING, PAIR
 from .peft_limits import check_conv
+from .peft_patterns import last
 
 OUTPUT_FACTOR = 2
 """How often PEFT adds the update of an attention's output projection."""
+EXPERT_NAMES = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
+"""Last segments that PEFT takes for those of experts."""
 Modules = Mapping[str, nn.Module] | None
 """The model's modules by path, or None without a model."""
 
@@ -83,6 +86,29 @@ class Matrix(Layout):
             bias=f"{path}.{BIAS}",
             inner={path: f"{path}{BASE}"},
         )
+
+
+class Renamed(Layout):
+    """Linear layers whose names PEFT takes for those of experts, stored as the parameters that they are.
+
+    In models with packed experts, PEFT (as of `VERSION`, with transformers 5) reads `down_proj` and its like among the
+    targets as the experts of older checkpoints, and drops the pairs of shared and dense layers of that name. A target
+    that is the parameter `<path>.weight` has the same tensors by the same names, and is left alone.
+    """
+
+    kinds = ("linear",)
+
+    def take(self, left: dict[str, Factors], modules: Modules) -> list[Piece]:
+        if not any("gate_up_proj" in module._parameters for module in (modules or {}).values()):
+            return []
+        sites = [site for site, one in left.items() if one.kind in self.kinds and last(site) in EXPERT_NAMES]
+        return [self._piece(left.pop(site)) for site in sites]
+
+    def _piece(self, factors: Factors) -> Piece:
+        path = factors.path
+        tensors, inner = named(path, PAIR, factors), {path: f"{path}{BASE}"}
+        key = f"{path}.weight"
+        return Piece(owner=path, key=key, factors=factors, tensors=tensors, parameter=True, inner=inner)
 
 
 class Embedding(Layout):
@@ -166,8 +192,10 @@ class Parameters(Layout):
         ]
 
 
-LAYOUTS: tuple[Layout, ...] = (Attention(), Matrix(), Embedding(), Parameters())
-"""All ways, asked in this order: an attention takes its output projection along."""
+PLAIN: tuple[Layout, ...] = (Attention(), Matrix(), Embedding(), Parameters())
+"""The ways of all programs that read PEFT's files, in this order: an attention takes its output projection along."""
+LAYOUTS: tuple[Layout, ...] = (Renamed(), *PLAIN)
+"""The ways of PEFT itself."""
 
 
 def named(path: str, slots: tuple[str, ...], factors: Factors) -> dict[str, Tensor]:

@@ -63,6 +63,8 @@ class Reading:
 
     def _module(self, path: str, levels: list[dict[str, str]]) -> list[Factors]:
         names = self._parameters(path, levels)
+        if names == ["weight"] and isinstance(self.module(path), nn.Linear):
+            return [self._pair(path, f"{path}.weight", levels[0])]
         if names:
             pairs = zip(names, levels, strict=True)
             return [self._parameter(path, name, slots) for name, slots in pairs]

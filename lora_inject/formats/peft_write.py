@@ -17,7 +17,7 @@ from .orient import outward
 from .peft_config import VERSION
 from .peft_full import Whole, whole
 from .peft_keys import PREFIX
-from .peft_layouts import LAYOUTS, Piece
+from .peft_layouts import LAYOUTS, PLAIN, Piece
 from .peft_patterns import anchored, ends, shortest
 from .trained import as_values
 
@@ -35,7 +35,7 @@ def folder_of(bundle: Bundle, model: nn.Module | None) -> tuple[dict[str, Any], 
     nodes = walk(model) if model is not None else []
     modules = {path: node.module for node in nodes for path in node.paths} if model is not None else None
     left = {one.site: one for one in (outward(bundle, record) for record in bundle.sites.values())}
-    pieces = [piece for layout in LAYOUTS for piece in layout.take(left, modules)]
+    pieces = [piece for layout in (PLAIN if bundle.by_segment else LAYOUTS) for piece in layout.take(left, modules)]
     if left:
         raise UnsupportedError(
             f"{bundle.path}: PEFT has no layer for these:\n"
@@ -71,7 +71,9 @@ def _config(pieces: Sequence[Piece], rest: Whole, known: Collection[str] | None)
     factors = {piece.key: _flagged(piece.factors, rslora) for piece in pieces}
     ranks = {key: one.rank for key, one in factors.items()}
     alphas = {key: _whole_number(one.alpha) for key, one in factors.items()}
-    rank, alpha = _most(list(zip(ranks.values(), alphas.values(), strict=True)), (8, 8))
+    # PEFT warns of every pattern that is meant for a parameter, though it obeys it: parameters get the defaults.
+    first = [piece.key for piece in pieces if piece.parameter] or list(factors)
+    rank, alpha = _most([(ranks[key], alphas[key]) for key in first], (8, 8))
     return {
         "peft_type": "LORA",
         "peft_version": VERSION,

@@ -73,9 +73,8 @@ class Serve:
         rounded = [_rounded(one, dtype) for one in whole]
         zeros = [_zero(path, module, rank, dtype) for path, module in _without(factors, model).items()]
         note = _report(whole, rounded, dtype)
-        return resolve(
-            Parsed(path=bundle.path, factors=[*rounded, *zeros], name=bundle.name, notes=(*bundle.notes, note)), model
-        )
+        parsed = Parsed(path=bundle.path, factors=[*rounded, *zeros], name=bundle.name, notes=(*bundle.notes, note))
+        return replace(resolve(parsed, model), by_segment=True)
 
     def _rank(self, factors: list[Factors]) -> int:
         most = max(one.rank for one in factors)
