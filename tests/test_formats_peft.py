@@ -259,6 +259,25 @@ def test_experts_of_every_version_of_peft(version, inner, transposed, tmp_path):
         assert torch.allclose(ref.adapter.delta(ref.module)[name], wanted[name], rtol=0, atol=1e-5), name
 
 
+def test_another_base_is_noticed_where_we_wrote_the_folder(tmp_path):
+    base = Two()
+    model = copy.deepcopy(base)
+    li.inject(model, "*.q")
+    for profile in (None, "serve"):
+        folder = li.export(model, tmp_path / str(profile), format="peft", profile=profile)
+        li.load(copy.deepcopy(base), folder)
+        other = copy.deepcopy(base)
+        other.layers[3].q.weight.data += 1
+        with pytest.raises(li.MismatchError, match=r"1 of 12 sites differ:\n  layers.3.q"):
+            li.load(other, folder)
+        li.load(other, folder, check_base=False)
+    tensors = load_file(folder / TENSORS)
+    for text in ("[]", '{"layers.3.q": 3}', '{"layers.3.q": {"shape": "x", "hash": "y"}}', "{"):
+        save_file(tensors, folder / TENSORS, {"lora_inject_base": text})
+        with pytest.raises(li.FormatError, match="lora_inject_base"):
+            li.load(copy.deepcopy(base), folder)
+
+
 def written(folder, config, tensors):
     folder = folder / "made"
     folder.mkdir()

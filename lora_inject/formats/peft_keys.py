@@ -29,7 +29,6 @@ class Keys:
         full: tensors that replace a parameter, by its path.
         twins: further copies of those, by the path of the parameter.
         idle: tensors that PEFT uses only while the adapter is switched off.
-        prefixed: whether the names begin with `PREFIX`.
     """
 
     levels: dict[str, list[dict[str, str]]] = field(default_factory=dict)

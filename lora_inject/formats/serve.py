@@ -74,7 +74,10 @@ class Serve:
         zeros = [_zero(path, module, rank, dtype) for path, module in _without(factors, model).items()]
         note = _report(whole, rounded, dtype)
         parsed = Parsed(path=bundle.path, factors=[*rounded, *zeros], name=bundle.name, notes=(*bundle.notes, note))
-        return replace(resolve(parsed, model), by_segment=True)
+        found = resolve(parsed, model)
+        base = {path: record.base for path, record in bundle.sites.items()}
+        sites = {path: replace(record, base=base.get(path, {})) for path, record in found.sites.items()}
+        return replace(found, sites=sites, by_segment=True)
 
     def _rank(self, factors: list[Factors]) -> int:
         most = max(one.rank for one in factors)
