@@ -292,7 +292,7 @@ def test_killed_at_any_moment_the_folder_is_the_old_or_the_new_one(tmp_path):
         process.wait()
         process.stdout.close()
         target = nn.ModuleDict({"q": nn.Linear(300, 300)})
-        li.load(target, path)
+        li.load(target, path, check_base=False)
         values = {float(p.detach().unique()) for p in li.adapter_parameters(target).values()}
         assert len(values) == 1 and values.pop() >= 1
 
