@@ -57,16 +57,16 @@ def foreign(formats: Sequence[str]) -> Rule:
         "refused",
         lambda facts: [] if facts.format in formats else [f"{facts.path}: format {facts.format}"],
         f"it reads {' and '.join(formats)} alone",
-        f"convert it: lora-inject convert {'ADAPTER'} OUT --to {formats[0]}",
+        f"convert it: lora-inject convert ADAPTER OUT --to {formats[0]}",
     )
 
 
-def unwritable(name: str) -> Rule:
-    """Returns the rule that an adapter of another format must be one that the format can hold."""
+def unwritable(formats: Sequence[str]) -> Rule:
+    """Returns the rule that an adapter of another format must be one that the first of these can hold."""
+    name = formats[0]
 
     def finds(facts: Facts) -> list[str]:
-        known = [one.name for one in FORMATS]
-        if facts.format == name or facts.bundle is None or name not in known:
+        if facts.format in formats or facts.bundle is None or name not in [one.name for one in FORMATS]:
             return []
         with tempfile.TemporaryDirectory() as folder:
             try:

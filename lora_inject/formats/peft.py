@@ -34,7 +34,8 @@ class Peft(Format):
 
     def recognises(self, content: Content) -> bool:
         if content.config is not None:
-            return "peft_type" in content.config
+            # torchtune writes such a config too, beside tensors of its own names.
+            return "peft_type" in content.config and not any(".lora_a." in name for name in content.names)
         return any(name.startswith(PREFIX) for name in content.names)
 
     def read(self, content: Content, model: nn.Module | None) -> Source:
