@@ -227,6 +227,53 @@ def test_targets_are_as_short_as_they_can_be(tmp_path):
     assert [name.split(".")[2] for name in names] == ["a", "a"]
 
 
+# Attention: PEFT adapts both projections or none, and adds the update of the second one twice.
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["block.layer.out_proj"],
+        ["block.layer.in_proj_weight"],
+        [li.Target("block.layer.in_proj_weight", rank=3, alpha=5), li.Target("block.layer.out_proj", rslora=True)],
+        [
+            li.Target("block.layer.in_proj_weight", rank=1, alpha=5),
+            li.Target("block.layer.out_proj", rank=4, alpha=0.7),
+        ],
+    ],
+    ids=str,
+)
+def test_attention_in_parts_and_with_two_ranks(targets, tmp_path):
+    case = CASES["attention"]
+    base, x = case.build(), case.give()
+    model = injected(base, Case(case.build, case.give, targets))
+    folder = li.export(model, tmp_path / "out", format="peft")
+    ours = exact(model, x)
+    assert not torch.allclose(ours, exact(base, x), atol=1e-2)
+    assert torch.allclose(exact(loaded_by_peft(base, folder), x), ours, rtol=0, atol=ATOL)
+    again = copy.deepcopy(base)
+    li.load(again, folder)
+    assert torch.allclose(exact(again, x), ours, rtol=0, atol=ATOL)
+
+
+def test_attention_with_biases_as_peft_computes_them(tmp_path):
+    case = CASES["attention"]
+    base, x = case.build(), case.give()
+    theirs = peft_model(base, target_modules=["layer"], lora_bias=True)
+    model = copy.deepcopy(base)
+    li.load(model, saved(theirs, tmp_path / "theirs"))
+    assert torch.allclose(exact(model, x), exact(theirs, x), rtol=0, atol=ATOL)
+
+
+def test_attention_of_a_peft_that_may_have_changed_is_refused(tmp_path):
+    base = CASES["attention"].build()
+    folder = saved(peft_model(base, target_modules=["layer"]), tmp_path / "theirs")
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"peft_version": "0.22.0"}))
+    with pytest.raises(li.UnsupportedError, match=r"out_proj: PEFT up to 0\.21\.2 adds .* twice; a newer one"):
+        li.load(base, folder)
+
+
 # Experts of older PEFTs.
 
 

@@ -17,7 +17,7 @@ from snapshot import assert_same, snapshot
 from torch import nn
 
 import lora_inject as li
-from lora_inject.formats.peft_patterns import Patterns
+from lora_inject.formats.peft_patterns import Patterns, anchored
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["q"]}
@@ -223,6 +223,19 @@ def test_many_patterns_on_many_names_end_in_time():
         for _ in range(10_000):
             patterns.of("a" * 200 + ".b" * 50, 0)
     assert time.perf_counter() - start < 10
+
+
+def test_thousands_of_layers_with_patterns_of_their_own_are_fast():
+    paths = [f"model.layers.{number}.q-proj_x" for number in range(5000)]
+    patterns = Patterns(
+        {anchored(path): number for number, path in enumerate(paths)} | {r".*\.0\.q-proj_x": -1}, "here"
+    )
+    start = time.perf_counter()
+    assert [patterns.of(path, -2) for path in paths] == list(range(5000))
+    assert patterns.of("x.model.layers.7.q-proj_x", -2) == -2
+    assert patterns.of("x.model.layers.0.q-proj_x", -2) == -1
+    assert Patterns({".*q": 1, anchored("a.q"): 2}, "here").of("a.q", 0) == 1
+    assert time.perf_counter() - start < 2
 
 
 def test_patterns_of_the_wild_are_accepted():

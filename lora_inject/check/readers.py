@@ -96,9 +96,8 @@ HEADER = Rule(
 
 
 def _vllm(limit: int) -> tuple[Rule, ...]:
-    allowed = min((rank for rank in VLLM_RANKS if rank >= limit), default=VLLM_RANKS[-1])
     start = f"start vLLM with a larger --max-lora-rank (of {', '.join(map(str, VLLM_RANKS))}), or resize the adapter"
-    rank = Rule("rank", "refused", rank_above(min(limit, allowed)), f"the rank must be at most {limit}", start)
+    rank = Rule("rank", "refused", rank_above(limit), f"the rank must be at most {limit}", start)
     return (rank, LINEAR, BIASES, WHOLE, HEADER, ROUNDED)
 
 
