@@ -20,7 +20,7 @@ from .peft import Peft
 from .serve import Serve
 from .torchtune import Torchtune
 
-FORMATS: tuple[Format, ...] = (LoraInject(), Peft(), Mlx(), Torchtune(), Gguf())
+FORMATS: tuple[Format, ...] = (LoraInject(), Peft(), Mlx(), Torchtune(), Gguf(), Kohya(), Diffusers())
 """All formats, asked in this order whether they recognise a file."""
 
 __all__ = ["FORMATS", "Bundle", "Serve", "Source", "profiled", "read_adapter", "write_adapter"]
