@@ -175,9 +175,15 @@ def test_more_than_low_rank_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_native_file_is_refused_by_all(reader, tmp_path):
+def test_a_file_of_ours_is_judged_by_what_it_will_be(reader, tmp_path):
     path = made(tmp_path, format="lora_inject")
-    assert found(path, reader)["format"] == ("refused", (f"{path}: format lora_inject",))
+    assert found(path, reader)["format"] == ("fine", (f"{path}: format lora_inject",))
+
+
+def test_a_file_of_another_program_is_refused(tmp_path):
+    path = made(tmp_path, format="mlx")
+    assert found(path, "vllm")["format"] == ("refused", (f"{path}: format mlx",))
+    assert "format" not in found(path, "mlx")
 
 
 def test_what_peft_cannot_hold_is_said_with_its_own_message(tmp_path):

@@ -16,8 +16,6 @@ from torch import nn
 import lora_inject as li
 from demo_model import packaged_model
 
-# PEFT asks transformers for what it has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 

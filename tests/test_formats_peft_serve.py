@@ -14,8 +14,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import lora_inject as li
 
-# PEFT asks transformers for what it has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 

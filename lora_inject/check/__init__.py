@@ -84,6 +84,12 @@ def check_adapter(
         raise ConfigError(f"reader {reader!r} is unknown: {did_you_mean(reader, [one.name for one in READERS])}")
     check_option("rank", max_rank)
     facts = facts_of(path, model)
-    rules = (foreign(known.formats), unwritable(known.formats), *COMMON, *known.rules(max_rank))
+    formats = known.formats
+    rules = (
+        *(foreign(formats, ours=ours) for ours in (False, True)),
+        unwritable(formats),
+        *COMMON,
+        *known.rules(max_rank),
+    )
     found = [finding for rule in rules if (finding := broken(rule, facts)) is not None]
     return CheckReport(str(path), facts.format, known.name, len(facts.pairs), tuple(found))

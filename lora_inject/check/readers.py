@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import LoraInjectError
 from ..formats import FORMATS
 from ..formats.format import format_named
+from ..formats.native import LoraInject
 from .facts import Facts
 from .rules import (
     Rule,
@@ -50,12 +51,20 @@ class Reader:
     rules: Callable[[int], tuple[Rule, ...]]
 
 
-def foreign(formats: Sequence[str]) -> Rule:
-    """Returns the rule that an adapter must be in one of these formats."""
+def foreign(formats: Sequence[str], *, ours: bool) -> Rule:
+    """Returns the rule that an adapter must be in one of these formats.
+
+    A file of ours is made to be converted: it is judged by what it will be then.
+    """
+
+    def finds(facts: Facts) -> list[str]:
+        other = facts.format not in formats and (facts.format == LoraInject.name) == ours
+        return [f"{facts.path}: format {facts.format}"] if other else []
+
     return Rule(
         "format",
-        "refused",
-        lambda facts: [] if facts.format in formats else [f"{facts.path}: format {facts.format}"],
+        "fine" if ours else "refused",
+        finds,
         f"it reads {' and '.join(formats)} alone",
         f"convert it: lora-inject convert ADAPTER OUT --to {formats[0]}",
     )
