@@ -47,7 +47,7 @@ def made(folder, targets=("*_proj",), format="peft", **options):
 def found(path, reader, **options):
     """The findings by rule: severity and sites."""
     report = li.check_adapter(path, reader, **options)
-    return {one.rule: (one.severity, one.sites) for one in report.findings}
+    return {one.rule: (one.severity, tuple(sorted(one.sites))) for one in report.findings}
 
 
 @pytest.mark.parametrize("reader", ["vllm", "sglang", "tgi", "llama.cpp", "peft"])
