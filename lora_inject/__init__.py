@@ -14,6 +14,7 @@ from .algebra import (
     similarity,
     subtract,
 )
+from .check import CheckReport, check_adapter
 from .checkpoint import CheckpointReport, merge_checkpoint
 from .convert import Conversion, convert
 from .errors import (
@@ -22,12 +23,14 @@ from .errors import (
     LoraInjectError,
     MismatchError,
     RecipeError,
+    RoundingWarning,
     StateError,
     TargetError,
     UnsupportedError,
 )
+from .formats import Serve
 from .loading import load
-from .merge import MergeReport, RoundingWarning, merge, unmerge
+from .merge import MergeReport, merge, unmerge
 from .plan import Plan, plan
 from .recipe import Recipe, load_recipe
 from .refs import AdapterRef, adapter_parameters, adapters
@@ -43,6 +46,7 @@ from .version import VERSION as __version__
 __all__ = [
     "Adapter",
     "AdapterRef",
+    "CheckReport",
     "CheckpointReport",
     "Combination",
     "ConfigError",
@@ -58,6 +62,7 @@ __all__ = [
     "RecipeError",
     "Report",
     "RoundingWarning",
+    "Serve",
     "Similarity",
     "StateError",
     "Target",
@@ -69,6 +74,7 @@ __all__ = [
     "adapter_state",
     "adapters",
     "add",
+    "check_adapter",
     "convert",
     "disabled",
     "export",

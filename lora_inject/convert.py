@@ -17,7 +17,7 @@ from .checkpoint.weights import materialised
 from .diffusion_models import build_diffusion, is_diffusion
 from .errors import MismatchError, StateError, listing
 from .fingerprint import fingerprint
-from .formats import FORMATS, Bundle
+from .formats import FORMATS, Bundle, Serve, profiled
 from .formats.bundle import loaded
 from .formats.format import format_named, recognise
 from .formats.trained import KIND
@@ -76,6 +76,7 @@ def convert(
     check_base: bool = True,
     allow_pickle: bool = False,
     overwrite: bool = False,
+    profile: str | Serve | None = None,
 ) -> Conversion:
     """Writes the adapter of one file in another format; every tensor is used, or the call fails.
 
@@ -89,6 +90,7 @@ def convert(
         check_base: False accepts a base that the adapter was not trained on.
         allow_pickle: read `.bin` and `.pt` files too, with torch's loader of weights alone.
         overwrite: replace what lies at `target`.
+        profile: "serve", or a `Serve` with options, makes a file of PEFT that all servers read alike.
 
     Raises:
         ConfigError: no format of that name.
@@ -112,6 +114,7 @@ def convert(
     with ExitStack() as stack:
         if names is not None:
             stack.enter_context(materialised(names, whole))
+        bundle = profiled(bundle, writer.name, skeleton, profile)
         written = writer.write(bundle, place, skeleton)
     base = "unknown" if names is None else "checked" if check_base else "not checked"
     low_rank = len(bundle.sites) + len(bundle.full) - len(whole)

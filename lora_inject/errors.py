@@ -38,6 +38,10 @@ class MismatchError(FormatError):
     """A readable file does not fit this model: sites, shapes or base weights differ."""
 
 
+class RoundingWarning(UserWarning):
+    """Numbers are stored in a dtype that keeps too little of an update."""
+
+
 def listing(lines: Sequence[str], limit: int = 12) -> str:
     """Returns the lines as an indented list, cut after `limit` with a count of the rest."""
     shown = [f"  {line}" for line in lines[:limit]]

@@ -12,7 +12,7 @@ from torch import nn
 
 from .commit import all_or_nothing
 from .config import check_option
-from .errors import StateError
+from .errors import RoundingWarning, StateError
 from .host import Host
 from .merge_job import ENOUGH, Merged, MergeOptions
 from .merging import merge_host, unmerge_host
@@ -20,10 +20,6 @@ from .refs import AdapterRef, adapters, by_host, pick
 from .tables import percent, table
 from .ties import Ties, find_ties
 from .tree import walk
-
-
-class RoundingWarning(UserWarning):
-    """A merged weight is stored in a dtype that keeps too little of the update."""
 
 
 @dataclass(frozen=True, repr=False)

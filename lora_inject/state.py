@@ -13,7 +13,7 @@ from .adapter_file import SiteRecord
 from .bulk import uncollected
 from .errors import StateError
 from .fingerprint import fingerprints
-from .formats import Bundle, write_adapter
+from .formats import Bundle, Serve, write_adapter
 from .refs import AdapterRef, chosen, unique
 from .sites import join
 from .ties import pair_of
@@ -37,7 +37,12 @@ def _tensors(refs: list[AdapterRef]) -> dict[str, Tensor]:
 
 @uncollected()
 def export(
-    model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, format: str = "lora_inject"
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    format: str = "lora_inject",
+    profile: str | Serve | None = None,
 ) -> Path:
     """Writes one adapter into a file, by default of the format that docs/file-format.md describes.
 
@@ -49,17 +54,18 @@ def export(
         path: the file to write, or the folder where the format is one.
         name: which adapter.
         format: whose format; docs/formats.md lists them.
+        profile: "serve", or a `Serve` with options, makes a file of PEFT that all servers read alike.
 
     Returns:
         The path of the file.
 
     Raises:
         StateError: no adapter has that name, or its parameters are on the meta device.
-        ConfigError: no such format.
+        ConfigError: no such format, or no such profile for it.
         UnsupportedError: the format cannot hold what the adapter does; names it.
         FormatError: the file cannot be written.
     """
-    return write_adapter(bundle_of(model, name), path, format, model)
+    return write_adapter(bundle_of(model, name), path, format, model, profile)
 
 
 def bundle_of(model: nn.Module, name: str = "default") -> Bundle:

@@ -24,6 +24,8 @@ FLOORS = [
     {"adapters", "formats", "plan", "merge_ways"},
     {"merging"},
     {"merge"},
+    {"check.*"},
+    {"check"},
     {"surgery", "switches", "verify", "state"},
     {"loading", "diffusion_models"},
     {"checkpoint.*"},

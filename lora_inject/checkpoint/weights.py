@@ -30,7 +30,8 @@ def weight(names: ModelNames, parameter: str) -> Tensor:
     rows: list[Tensor] = []
     for piece in pieces:
         stored = read_tensors(names.base.tensors[piece.key].header, [piece.key])[piece.key]
-        stored = stored.flatten(0, axes - 1) if stored.dim() else stored.reshape(1)
+        # A stack may lie in the file matrix by matrix: its rows are what counts, whatever stands before them.
+        stored = stored.flatten(0, -2) if stored.dim() > 1 else stored.reshape(-1)
         rows.append(stored[piece.row : piece.row + piece.stop - piece.start])
     return torch.cat(rows).reshape(shape)
 

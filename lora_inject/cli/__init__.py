@@ -11,6 +11,7 @@ import typer
 
 from . import (  # noqa: F401 - importing a command adds it to the application
     add,
+    check,
     convert,
     extract,
     inspect,
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None means those of the process.
 
     Returns:
-        0 when done, 1 where `verify` found something, 2 after an error, 130 after Ctrl-C.
+        0 when done, 1 where `verify` or `check` found something, 2 after an error, 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments

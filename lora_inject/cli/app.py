@@ -14,7 +14,7 @@ PROGRAM = "lora-inject"
 app = typer.Typer(
     name=PROGRAM,
     help="Low-rank adapters for any PyTorch model: plan, inspect, combine, merge and verify from the command line.",
-    epilog="Exit codes: 0 done, 1 verify found a dead adapter, 2 error, 130 Ctrl-C.",
+    epilog="Exit codes: 0 done, 1 verify or check found something wrong, 2 error, 130 Ctrl-C.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )

@@ -25,6 +25,9 @@ def convert(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .bin and .pt files too, tensors alone.")
     ] = False,
+    profile: Annotated[
+        str | None, typer.Option(help="serve: a file of PEFT that all servers read alike; needs --model.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -40,6 +43,7 @@ def convert(
             check_base=not no_check_base,
             allow_pickle=allow_pickle,
             overwrite=overwrite,
+            profile=profile,
         ),
         as_json,
     )

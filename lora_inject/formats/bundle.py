@@ -81,6 +81,7 @@ class Bundle:
         full: trained values that replace a parameter, by the parameter's path.
         notes: what the user should know of how the file was understood.
         program: what wrote it.
+        by_segment: whether its readers know a layer by the last segment of its path alone.
     """
 
     path: Path
@@ -90,6 +91,7 @@ class Bundle:
     full: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     program: str = "lora_inject"
+    by_segment: bool = False
 
     @property
     def size(self) -> int:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
 from ..errors import UnsupportedError
-from ..registry import adapter_for
 from .factors import Factors
 
 
@@ -47,9 +44,3 @@ def check_padding(factors: Factors, module: nn.Module) -> Factors:
             f"set column {row} of its A to zero if nothing depends on that row"
         )
     return factors
-
-
-def known_to_peft(modules: Mapping[str, nn.Module], kinds: tuple[str, ...]) -> set[str]:
-    """Returns the paths of all modules that have an adapter class of one of these kinds."""
-    found = {path: adapter_for(module) for path, module in modules.items()}
-    return {path for path, kind in found.items() if kind is not None and kind.kind in kinds}

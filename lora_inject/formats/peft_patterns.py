@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ..errors import FormatError
 
@@ -17,7 +17,7 @@ _STEPS = 10**6
 """How many ways of matching a name a pattern may have, by a coarse count."""
 
 
-class Patterns(Mapping[str, T]):
+class Patterns(Generic[T]):
     """Values by regular expression, looked up as PEFT does: the first that matches the end of a path wins.
 
     An expression must match the whole path, or all of it behind some dot. They come from strangers: those that could
@@ -27,14 +27,15 @@ class Patterns(Mapping[str, T]):
     def __init__(self, values: Mapping[str, T], where: str) -> None:
         self._values = dict(values)
         self._where = where
-        self._compiled = [(checked(rf"(.*\.)?({key})$", key, where), key) for key in values]
+        # Patterns for one path each, as they are written here, are looked up: an adapter may have thousands.
+        single = [re.sub(r"\\(.)", r"\1", key[1:]) for key in values]
+        self._single = {
+            path: n for n, (path, key) in enumerate(zip(single, values, strict=True)) if anchored(path) == key
+        }
+        singles = set(self._single.values())
+        rest = [(n, key) for n, key in enumerate(values) if n not in singles]
+        self._compiled = [(n, checked(rf"(.*\.)?({key})$", key, where), key) for n, key in rest]
         self._spent = 0.0
-
-    def __getitem__(self, key: str) -> T:
-        return self._values[key]
-
-    def __iter__(self) -> Iterable[str]:  # type: ignore[override]
-        return iter(self._values)
 
     def __len__(self) -> int:
         return len(self._values)
@@ -46,13 +47,16 @@ class Patterns(Mapping[str, T]):
             FormatError: the patterns take too long to match.
         """
         start = time.monotonic()
-        for pattern, key in self._compiled:
+        found = self._single.get(path, len(self))
+        for position, pattern, key in self._compiled:
+            if position > found:
+                break
             if pattern.match(path):
                 return self._values[key]
             if self._spent + time.monotonic() - start > _PATIENCE + len(self) * 1e-3:
                 raise FormatError(f"{self._where}: its patterns take too long to match: write them as plain paths")
         self._spent += time.monotonic() - start
-        return default
+        return self._values[anchored(path)] if path in self._single else default
 
 
 def checked(expression: str, pattern: str, where: str) -> re.Pattern[str]:
