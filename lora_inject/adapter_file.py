@@ -158,9 +158,17 @@ def read_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     return AdapterFile(header, name, meta.get("lora_inject_version", "unknown"), sites)
 
 
+def _options(values: list[Any]) -> SiteConfig:
+    try:
+        return _cached_options(*values)
+    except TypeError:
+        # A list or an object: no option takes one, and no cache either.
+        return _cached_options.__wrapped__(*values)
+
+
 # Typed, so that 1 and True, which are equal, do not pass for each other.
 @lru_cache(maxsize=1024, typed=True)
-def _read_options(*values: Any) -> SiteConfig:
+def _cached_options(*values: Any) -> SiteConfig:
     return SiteConfig(**dict(zip(SITE_OPTIONS, values, strict=True)))
 
 
@@ -186,7 +194,7 @@ def _read_site(entry: object, bases: Mapping[str, Any], where: str) -> SiteRecor
         raise FormatError(f"{where}: base.sites does not describe site {path!r} by its shape and hash")
     values = [as_dtype(entry[option]) if option == "dtype" else entry[option] for option in SITE_OPTIONS]
     try:
-        config = _read_options(*values)
+        config = _options(values)
     except ConfigError as error:
         raise FormatError(f"{where}: site {path!r}: {error}") from None
     return SiteRecord(path, tuple(aliases), entry["adapter"], config, entry["options"], base)
