@@ -92,6 +92,9 @@ def _lines(make, call, tmp_path) -> int:
     return lines.count
 
 
+# Between open() and the with statement that closes it, an interrupt leaves a file to the garbage collector.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @every
 def test_ctrl_c_at_any_line_takes_everything_back_or_comes_after_everything(make, call, tmp_path):
     # In the last lines the change is complete, and an interrupt rightly comes after everything.
