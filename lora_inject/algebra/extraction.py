@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..tables import dims, table
+from .written import Written
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,47 +55,18 @@ class Left:
 
 
 @dataclass(frozen=True, repr=False)
-class Extraction:
+class Extraction(Written[ExtractedSite]):
     """An adapter made from a fine-tune; prints as a table.
 
     Attributes:
-        out: path of the file.
-        name: the adapter's name in it.
-        size: its size in bytes.
-        sites: one row per changed weight, in the order of the file.
         left: tensors that changed and are not in the file.
         unchanged: how many parameters did not change.
         note: how kinds of adapters were found.
     """
 
-    out: str
-    name: str
-    size: int
-    sites: tuple[ExtractedSite, ...]
     left: tuple[Left, ...]
     unchanged: int
     note: str
-
-    @property
-    def norm(self) -> float:
-        """Frobenius norm of the differences of all sites, seen as one vector."""
-        return math.hypot(*(site.norm for site in self.sites))
-
-    @property
-    def error(self) -> float:
-        """Frobenius norm of what rank and rounding took from all sites."""
-        return math.hypot(*(site.error for site in self.sites))
-
-    @property
-    def relative(self) -> float:
-        """The error over the norm; 0 where the norm is too small for float64."""
-        return self.error / self.norm if self.norm else 0.0
-
-    def __len__(self) -> int:
-        return len(self.sites)
-
-    def __iter__(self) -> Iterator[ExtractedSite]:
-        return iter(self.sites)
 
     def __repr__(self) -> str:
         return f"<Extraction {self.out}: {len(self)} sites, {len(self.left)} tensors left>"
@@ -122,18 +92,8 @@ class Extraction:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the result as values that JSON can hold."""
-        return {
-            "out": self.out,
-            "name": self.name,
-            "size": self.size,
-            "norm": self.norm,
-            "error": self.error,
-            "relative": self.relative,
-            "sites": [asdict(site) | {"relative": site.relative} for site in self.sites],
-            "left": [asdict(one) for one in self.left],
-            "unchanged": self.unchanged,
-            "note": self.note,
-        }
+        more = {"left": [asdict(one) for one in self.left], "unchanged": self.unchanged, "note": self.note}
+        return super().to_dict() | more
 
 
 def _how(site: ExtractedSite) -> str:
