@@ -37,7 +37,7 @@ class Life:
         sites: how many adapters there were.
         refused: sites that lora_inject refuses to adapt, and why.
         silent: sites whose weight, by the reference, has no influence on the outputs for this input.
-        computed: sites whose weight is computed from others (weight_norm), which cannot be merged.
+        computed: sites whose weight is computed from others (weight_norm), whose merge is not tried here.
         untied: parameters that got memory of their own while merged.
         merge_error: largest difference between merged and unmerged outputs, relative to the largest output element.
         effect: how much all adapters together change the outputs, on the same scale.
@@ -103,7 +103,7 @@ def check_base(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 
 def inject_all(model: nn.Module, life: Life) -> None:
-    """Adapts everything that can be adapted: "default" where a merge can be written, "computed" elsewhere."""
+    """Adapts everything that can be adapted: "computed" where the weight is computed from others, "default" elsewhere."""
     life.refused = refused(model)
     plan = li.plan(model, "*", rank=RANK, exclude=[literal(path) for path in life.refused])
     life.computed = [site.path for site in plan if is_computed(site)]
@@ -115,7 +115,7 @@ def inject_all(model: nn.Module, life: Life) -> None:
 
 
 def is_computed(site: Any) -> bool:
-    """Says whether the weight of a site is computed from others (weight_norm), so that a merge refuses it."""
+    """Says whether the weight of a site is computed from others (weight_norm), so that a merge goes through their inverse."""
     weights = site.adapter_class.touches(site.extras)[:1]
     return not set(weights) <= set(site.module._parameters)
 
