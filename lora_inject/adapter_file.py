@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from .config import SITE_OPTIONS, SiteConfig, as_dtype, check_name, dtype_name
 from .errors import ConfigError, FormatError
-from .safefile import Entry, Header, parse_json, read_header, read_tensors, stamp
+from .safefile import Entry, Header, parse_json, read_tensors, stamp
 from .version import VERSION
 
 FORMAT = "lora_inject"
@@ -100,7 +99,9 @@ class AdapterFile:
 
 def metadata(name: str, records: Sequence[SiteRecord]) -> dict[str, str]:
     """Returns the metadata of a file that holds these sites."""
-    adapter = {"name": name, "sites": [_write_site(record) for record in records]}
+    configs = {id(record.config): record.config for record in records}
+    options = {key: _write_options(config) for key, config in configs.items()}
+    adapter = {"name": name, "sites": [_write_site(record, options[id(record.config)]) for record in records]}
     base = {"sites": {record.path: dict(record.base) for record in records}}
     return {
         "format": FORMAT,
@@ -111,10 +112,9 @@ def metadata(name: str, records: Sequence[SiteRecord]) -> dict[str, str]:
     }
 
 
-def _write_site(record: SiteRecord) -> dict[str, Any]:
-    options = _write_options(record.config)
+def _write_site(record: SiteRecord, options: Mapping[str, Any]) -> dict[str, Any]:
     where = {"path": record.path, "aliases": list(record.aliases), "adapter": record.kind}
-    return where | options | {"options": dict(record.extras)}
+    return {**where, **options, "options": dict(record.extras)}
 
 
 def _write_options(config: SiteConfig) -> dict[str, Any]:
@@ -122,14 +122,13 @@ def _write_options(config: SiteConfig) -> dict[str, Any]:
     return options | {"dtype": dtype_name(options["dtype"])}
 
 
-def read_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
-    """Returns what an adapter file says, every key of its metadata checked; no tensor is read.
+def read_adapter_file(header: Header) -> AdapterFile:
+    """Returns what an adapter file says by its header, every key of its metadata checked; no tensor is read.
 
     Raises:
-        FormatError: unreadable, another format or version, or metadata that are incomplete or wrong.
+        FormatError: another format or version, or metadata that are incomplete or wrong.
     """
-    header = read_header(path)
-    meta = header.metadata
+    path, meta = header.path, header.metadata
     if meta.get("format") != FORMAT:
         raise FormatError(
             f"{path}: not a lora_inject adapter: its metadata say format {meta.get('format')!r}, not {FORMAT!r}"
@@ -180,7 +179,7 @@ def _mapping(text: str | None, where: str, keys: set[str]) -> dict[str, Any]:
 
 
 def _read_site(entry: object, bases: Mapping[str, Any], where: str) -> SiteRecord:
-    if isinstance(entry, dict):
+    if isinstance(entry, dict) and not _ADDED.keys() <= entry.keys():
         entry = _ADDED | entry
     if not isinstance(entry, dict) or entry.keys() != _SITE_KEYS:
         raise FormatError(f"{where}: a site must be an object with exactly the keys {', '.join(sorted(_SITE_KEYS))}")

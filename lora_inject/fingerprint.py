@@ -8,15 +8,18 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import StateError
 from .host import Host, base_tensor
 from .quantized import stored_weight
-from .tree import Node, walk
+from .safefile import joined, raw_bytes
+from .tree import INNER, Node, walk
 
 SAMPLE = 64
 """How many elements of a weight are hashed, evenly spread, the first and the last among them."""
+SMALL = 8 * SAMPLE
+"""Weights of up to so many elements are joined before they are sampled, which is faster than one by one."""
 
 
 def fingerprint(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
@@ -38,27 +41,22 @@ def fingerprint(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
 @torch.no_grad()
 def fingerprints(places: Iterable[tuple[Node, tuple[str, ...]]]) -> list[dict[str, Any]]:
     """Returns what `fingerprint` does of many places, given as node and names."""
-    indices: dict[tuple[int, torch.device], Tensor] = {}
     shapes: list[list[int]] = []
     counts: list[int] = []
-    picked: list[Tensor] = []
+    tensors: list[Tensor] = []
     for node, names in places:
-        tensors = [_original(node, names[0])] if names else _everything(node)
-        shapes.append(list(tensors[0].shape) if names else [])
-        counts.append(len(tensors))
-        for tensor in tensors:
-            size, device = tensor.numel(), tensor.device
-            if (size, device) not in indices:
-                indices[size, device] = sample_index(size).to(device)
-            picked.append(torch.take(tensor.detach(), indices[size, device]))
-    parts = iter(_sample_bytes(picked))
+        own = [_original(node, names[0])] if names else _everything(node)
+        shapes.append(list(own[0].shape) if names else [])
+        counts.append(len(own))
+        tensors += own
+    parts = iter(_samples(tensors))
     digests = (hashlib.blake2b(b"".join(islice(parts, count)), digest_size=8).hexdigest() for count in counts)
     return [{"shape": shape, "hash": digest} for shape, digest in zip(shapes, digests, strict=True)]
 
 
 def _original(node: Node, name: str) -> Tensor:
     module: Any = node.module
-    kept = module.adapters.kept.get(name) if isinstance(module, Host) else None
+    kept = module._modules[INNER].kept.get(name) if isinstance(module, Host) else None
     found: Tensor = base_tensor(module, name) if kept is None else kept.original(module, name)
     stored = stored_weight(module) if kept is None and name == "weight" and not found.is_meta else None
     if stored is not None:
@@ -77,18 +75,27 @@ def _everything(block: Node) -> list[Tensor]:
     return [_original(node, name) for node in nodes for name, p in node.module._parameters.items() if p is not None]
 
 
-def _sample_bytes(picked: list[Tensor]) -> list[bytes]:
-    """Returns the bytes of each sample, those of one size, dtype and device formed together."""
+def _samples(tensors: list[Tensor]) -> list[bytes]:
+    """Returns the bytes of each tensor's sample, those of one size, class, dtype and device formed together."""
     alike: dict[Any, list[int]] = {}
-    for position, sample in enumerate(picked):
-        alike.setdefault((sample.numel(), sample.dtype, sample.device), []).append(position)
-    found = [b""] * len(picked)
+    for position, tensor in enumerate(tensors):
+        alike.setdefault((tensor.numel(), type(tensor), tensor.dtype, tensor.device), []).append(position)
+    found = [b""] * len(tensors)
     for positions in alike.values():
-        whole = sample_bytes(torch.cat([picked[position] for position in positions]))
+        whole = sample_bytes(_picked([tensors[position] for position in positions]))
         step = len(whole) // len(positions)
         for row, position in enumerate(positions):
             found[position] = whole[row * step : (row + 1) * step]
     return found
+
+
+def _picked(alike: list[Tensor]) -> Tensor:
+    """Returns the sampled elements of tensors of one size, one after the other."""
+    size = alike[0].numel()
+    index = sample_index(size).to(alike[0].device)
+    if size <= SMALL and type(alike[0]) in (Tensor, nn.Parameter):
+        return joined(alike).reshape(len(alike), size)[:, index].flatten()
+    return torch.cat([torch.take(tensor, index) for tensor in alike])
 
 
 def sample_index(size: int) -> Tensor:
@@ -99,4 +106,4 @@ def sample_index(size: int) -> Tensor:
 
 def sample_bytes(picked: Tensor) -> bytes:
     """Returns what is hashed of the picked elements: their bytes in bfloat16."""
-    return bytes(picked.to(torch.bfloat16).cpu().view(torch.uint8).tolist())
+    return bytes(raw_bytes(picked.to(torch.bfloat16)))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter import Adapter
 from .adapter_file import SiteRecord
@@ -199,11 +199,13 @@ def _filled(file: Source, sites: Mapping[str, list[Site]]) -> list[Adapter]:
         bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         raise FormatError(f"{file.path}: NaN or infinity in {len(bad)} tensors:\n{listing(bad)}")
     built: list[Adapter] = []
-    for path, group in sites.items():
+    empty: list[Tensor] = []
+    for group in sites.values():
         owner, *members = [build(site) for site in group]
-        for key in group[0].layout:
-            owner._parameters[key].copy_(tensors[f"{file.sites[path].prefix}{key}"])  # type: ignore[union-attr]
+        empty += [owner._parameters[key] for key in group[0].layout]  # type: ignore[misc]
         for member in members:
             share(owner, member)
         built += [owner, *members]
+    # In one call: both follow the order of the sites and their layouts.
+    torch._foreach_copy_(empty, [tensors[key] for key in keys])
     return built

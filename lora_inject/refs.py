@@ -13,7 +13,7 @@ from .bulk import uncollected
 from .errors import StateError, did_you_mean
 from .host import Host
 from .sites import join
-from .tree import Node, walk
+from .tree import INNER, Node, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,8 @@ def adapters_in(nodes: Iterable[Node]) -> Iterator[AdapterRef]:
     """Yields every adapter in the modules of a walk."""
     for node in nodes:
         if isinstance(node.module, Host):
-            for name, adapter in node.module.adapters.named():
+            # Past nn.Module's __getattr__, which takes longer than all else here.
+            for name, adapter in node.module._modules[INNER].named():  # type: ignore[union-attr, operator]
                 yield AdapterRef(join(node.path, adapter.parameter), name, node.module, adapter)
 
 

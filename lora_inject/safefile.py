@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from .errors import FormatError
 
@@ -45,10 +46,11 @@ DTYPES: dict[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_SIZES = 2**63
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a file: its dtype and shape, and where its bytes lie behind the header."""
 
     dtype: torch.dtype
@@ -123,29 +125,37 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{path}: __metadata__ must map strings to strings")
-    tensors = {name: _entry(entry, f"{path}: tensor {name!r}") for name, entry in raw.items()}
+    tensors: dict[str, Entry] = {}
+    for name, entry in raw.items():
+        try:
+            tensors[name] = _entry(entry)
+        except FormatError as error:
+            raise FormatError(f"{path}: tensor {name!r}: {error}") from None
     _check_offsets(path, tensors.values(), size - 8 - length)
     return Header(path, tensors, metadata, 8 + length)
 
 
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+def _are_sizes(values: object, fewest: int, most: int) -> bool:
+    """Says whether this is a list of so many sizes; JSON has no other integers than int, and bool is none of them."""
+    if not isinstance(values, list) or not fewest <= len(values) <= most:
+        return False
+    return all([type(value) is int and 0 <= value < _SIZES for value in values])
 
 
-def _entry(entry: object, where: str) -> Entry:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(f"{where}: needs exactly dtype, shape and data_offsets")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or len(shape) > 64 or not all(map(_is_size, shape)):
-        raise FormatError(f"{where}: shape {str(shape)[:80]} is not a list of sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise FormatError(f"{where}: data_offsets {str(offsets)[:80]} is not a pair of offsets")
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+def _entry(entry: object) -> Entry:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
+        raise FormatError("needs exactly dtype, shape and data_offsets")
+    shape, offsets, named = entry["shape"], entry["data_offsets"], entry["dtype"]
+    if not _are_sizes(shape, 0, 64):
+        raise FormatError(f"shape {str(shape)[:80]} is not a list of sizes")
+    if not _are_sizes(offsets, 2, 2):
+        raise FormatError(f"data_offsets {str(offsets)[:80]} is not a pair of offsets")
+    dtype = DTYPES.get(named) if isinstance(named, str) else None
     if dtype is None:
-        raise FormatError(f"{where}: unknown dtype {str(entry['dtype'])[:80]!r}")
+        raise FormatError(f"unknown dtype {str(named)[:80]!r}")
     start, end = offsets
     if end - start != math.prod(shape) * dtype.itemsize:
-        raise FormatError(f"{where}: shape {shape} in {entry['dtype']} does not fill bytes {start} to {end}")
+        raise FormatError(f"shape {shape} in {named} does not fill bytes {start} to {end}")
     return Entry(dtype, tuple(shape), start, end)
 
 
@@ -205,7 +215,7 @@ def _read_run(file: BufferedReader, header: Header, run: list[tuple[Entry, str]]
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Says whether no tensor holds a NaN or an infinity; looks at many small ones at once."""
-    return all(bool(torch.isfinite(_joined(batch)).all()) for batch in _batches(tensors))
+    return all(bool(torch.isfinite(joined(batch)).all()) for batch in _batches(tensors))
 
 
 def _batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -222,8 +232,10 @@ def _batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield batch
 
 
-def _joined(batch: list[Tensor]) -> Tensor:
-    return batch[0] if len(batch) == 1 else torch.cat([tensor.reshape(-1) for tensor in batch])
+def joined(batch: Sequence[Tensor]) -> Tensor:
+    """Returns the elements of tensors of one dtype and device in one row; a single tensor is not copied."""
+    # torch flattens and joins them in one call: from here, one call for each would take longer than the copying.
+    return batch[0] if len(batch) == 1 else _flatten_dense_tensors(batch)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def stamp(path: Path, head: int) -> bytes:
@@ -270,7 +282,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for batch in _batches(tensor.detach() for _, tensor in order):
-            file.write(_raw(_joined(batch)))
+            file.write(raw_bytes(joined(batch)))
 
 
 def _written_header(order: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
@@ -287,7 +299,8 @@ def _written_header(order: Sequence[tuple[str, Tensor]], metadata: Mapping[str, 
     return raw
 
 
-def _raw(tensor: Tensor) -> bytearray:
+def raw_bytes(tensor: Tensor) -> bytearray:
+    """Returns a copy of what a tensor's elements are in memory, on whatever device."""
     raw = bytearray(tensor.nbytes)
     if raw:
         torch.frombuffer(raw, dtype=tensor.dtype).copy_(tensor.reshape(-1))

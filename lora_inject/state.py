@@ -75,21 +75,20 @@ def bundle_of(model: nn.Module, name: str = "default") -> Bundle:
         StateError: no adapter has that name, or its parameters are on the meta device.
     """
     walked = walk(model)
-    chosen_refs = chosen(walked, (name,))
-    empty = next((key for key, tensor in _tensors(chosen_refs).items() if tensor.is_meta), None)
-    if empty is not None:
-        raise StateError(f"{empty} is on the meta device and holds no numbers: materialise the model first")
     nodes = {id(node.module): node for node in walked}
     groups: dict[int, list[AdapterRef]] = {}
-    for ref in chosen_refs:
+    for ref in chosen(walked, (name,)):
         groups.setdefault(pair_of(ref.adapter), []).append(ref)
     owners = [refs[0] for refs in groups.values()]
+    entries = {ref.path: {key: p.detach() for key, p in parameters_of(ref.adapter)} for ref in owners}
+    empty = [join(path, key) for path, own in entries.items() for key, tensor in own.items() if tensor.is_meta]
+    if empty:
+        raise StateError(f"{empty[0]} is on the meta device and holds no numbers: materialise the model first")
     bases = fingerprints((nodes[id(ref.module)], ref.adapter.updates) for ref in owners)
     sites = {
         refs[0].path: _record(refs, [nodes[id(ref.module)] for ref in refs], base)
         for refs, base in zip(groups.values(), bases, strict=True)
     }
-    entries = {ref.path: {key: p.detach() for key, p in parameters_of(ref.adapter)} for ref in owners}
     return Bundle(Path("the model"), name, sites, entries)
 
 

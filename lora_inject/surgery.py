@@ -199,6 +199,8 @@ class _Leaving:
 
 def _leaving(model: nn.Module, refs: list[AdapterRef], names: tuple[str, ...], ties: Ties) -> list[_Leaving]:
     changed = [ref.module for ref in refs if ref.adapter.merged]
+    if not changed:
+        return []
     circle = ties.circle(changed)
     found = []
     for group in by_host(adapters(model)):

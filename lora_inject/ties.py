@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .adapter import Adapter
+from .adapter import Adapter, parameters_of
 from .host import Host
 from .keeping import Replaced
 from .tree import Held, held, tied, walk
@@ -60,7 +60,7 @@ def _pairs(module: Any, key: str, holding: Mapping[int, Collection[str]]) -> tup
 
 def pair_of(adapter: Adapter) -> int:
     """Returns what adapters that share their parameters have in common."""
-    return id(next(adapter.parameters(), adapter))
+    return id(next((parameter for _, parameter in parameters_of(adapter)), adapter))
 
 
 def share(owner: Adapter, member: Adapter) -> None:

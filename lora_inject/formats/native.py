@@ -24,7 +24,8 @@ class LoraInject(Format):
         return content.metadata.get("format") == FORMAT
 
     def read(self, content: Content, model: nn.Module | None) -> Source:
-        return read_adapter_file(content.file)
+        assert content.header is not None
+        return read_adapter_file(content.header)
 
     def write(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
         if bundle.full and model is None:
