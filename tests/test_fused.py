@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import lora_inject as li
-from lora_inject.fused import fused_linear
+from lora_inject.fused import _mask, fused_linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = [(6,), (5, 6), (2, 3, 6), (2, 1, 3, 6)]
@@ -84,6 +84,7 @@ def test_gradients_with_dropout(transposed):
 
     given = numbers(torch.float64, (2, 3, 6), transposed=transposed, grad=True)
     assert gradcheck(run, given)
+    assert gradgradcheck(run, given)
     with torch.no_grad():
         assert not torch.equal(run(*given), by_hand(*given[:3], (1.5,), given[3:], transposed))
 
@@ -101,6 +102,18 @@ def test_dropout_keeps_the_mean_and_drops_at_its_rate(rate):
     assert not torch.equal(out, fused_linear(x, zero, None, (1.0,), (eye, eye), dropout=rate)), "a new mask each time"
     rows = (out == 0).double()
     assert rows.mean(0).std() < 3 * (rate * (1 - rate) / 400) ** 0.5, "columns are dropped alike"
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.05, 0.1, 0.9995])
+def test_dropout_has_the_asked_rate_beyond_eight_bits(rate):
+    dropped = torch.zeros(64, 256, dtype=torch.float64)
+    for seed in range(200):
+        dropped += _mask(dropped.shape, torch.device("cpu"), torch.float32, rate, seed) == 0
+    draws = 200 * dropped.numel()
+    assert abs(dropped.sum() / draws - rate) < 5 * (rate * (1 - rate) / draws) ** 0.5
+    # Independent draws: what each element, each feature and each token lost has the variance of a binomial one.
+    for count, times in ((dropped, 200), (dropped.sum(0), 200 * 64), (dropped.sum(1), 200 * 256)):
+        assert 0.5 < count.var() / (times * rate * (1 - rate)) < 1.6
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
