@@ -16,7 +16,8 @@ Factors = Sequence[Tensor]
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
+_HALF_OR_SINGLE = (torch.float32, *_HALF)
 
 
 def can_fuse(x: Any, weight: Any, bias: Any) -> bool:
@@ -26,17 +27,21 @@ def can_fuse(x: Any, weight: Any, bias: Any) -> bool:
     """
     if type(x) not in _PLAIN or type(weight) not in _PLAIN or torch.compiler.is_compiling():
         return False
-    device = x.device.type
-    if device == "meta":
+    if x.is_meta:
         # Unknown to autocast, and there is nothing to be fast about.
         return False
-    if torch.is_autocast_enabled(device):
+    if _under_autocast(x):
         if x.dtype not in _HALF_OR_SINGLE:
             return False
     elif x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         # The base's own error is wanted.
         return False
     return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
+
+
+def _under_autocast(x: Tensor) -> bool:
+    # Asked first for any device, because naming the tensor's takes longer than all else here.
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
 
 
 def fused_linear(
@@ -61,7 +66,7 @@ def fused_linear(
         transposed: whether the layer is a transposed one, y = x W + b.
         dropout: probability with which an input element is dropped before the low-rank path; one adapter only.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if _under_autocast(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             return fused_linear(x.to(dtype), weight, bias, scales, factors, transposed=transposed, dropout=dropout)
@@ -83,7 +88,7 @@ def _output(
     seed: int | None,
     factors: Factors,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the output and the rank-sized product, not scaled."""
+    """Returns the output and the rank-sized product, not scaled, (tokens, rank) or (rank) for one token."""
     weight = _cast(weight, x.dtype)
     bias = None if bias is None else _cast(bias, x.dtype)
     if transposed:
@@ -95,9 +100,13 @@ def _output(
         output = F.linear(x, weight, bias)
     first, second = _stack(factors, _low_rank_dtype(x), transposed)
     if len(scales) == 1 and seed is None and x.numel() == x.shape[-1]:
-        # For one token the views below would take longer than an output-sized product.
-        inner = F.linear(_cast(x, first.dtype), first)
-        return output.add_(F.linear(inner, second), alpha=scales[0]), inner.reshape(1, -1)
+        # One token is a vector, for which there are faster kernels.
+        inner = torch.mv(first, _cast(x.view(-1), first.dtype))
+        if output.dtype == inner.dtype:
+            output.view(-1).addmv_(second, inner, alpha=scales[0])
+        else:
+            output.view(-1).add_(torch.mv(second, inner), alpha=scales[0])
+        return output, inner
     flat = x.reshape(-1, x.shape[-1])
     met = (
         _cast(flat, first.dtype)
@@ -128,7 +137,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _low_rank_dtype(x: Tensor) -> torch.dtype:
     """Returns the dtype of the low-rank products: the input's, unless the CPU would only emulate it."""
-    return torch.float32 if x.device.type == "cpu" and _is_emulated(x.dtype) else x.dtype
+    return torch.float32 if x.dtype in _HALF and x.device.type == "cpu" and _is_emulated(x.dtype) else x.dtype
 
 
 @lru_cache
@@ -206,6 +215,7 @@ class _Fused(torch.autograd.Function):
         narrow = not wants[1] and not any(wants[7::2])
         # A view made in here could not be changed in place outside, as models do with `hidden += residual`.
         output, inner = (t.detach() for t in _output(x, weight, bias, scales, transposed, dropout, seed, factors))
+        inner = inner.view(-1, inner.shape[-1])
         saved = inner if narrow or seed is not None else None
         ctx.save_for_backward(None if narrow else x, saved, weight, *factors)
         ctx.narrow, ctx.shape, ctx.dtype, ctx.low = narrow, x.shape, x.dtype, _low_rank_dtype(x)

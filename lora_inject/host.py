@@ -116,9 +116,10 @@ class OutputHost(Host):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the base's output with the update of every live adapter added."""
         live = self._lora_live()
-        if any(adapter.parameter is not None for adapter in live):
-            # An adapter of one parameter works in weight space, whatever the host's own adapters do.
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        for adapter in live:
+            if adapter.parameter is not None:
+                # An adapter of one parameter works in weight space, whatever the host's own adapters do.
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
         return self.lora_family.host_forward(self, live, *args, **kwargs)
 
 
