@@ -197,7 +197,6 @@ class Adapter(nn.Module, abc.ABC):
         """Returns the update that a reader of one parameter gets, or None; may differ from `delta` by dropout."""
         return self.delta(host).get(name)
 
-    @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Draws the parameters anew so that the update is zero: `lora_A` by `config.init`, all others zero.
 
@@ -209,10 +208,12 @@ class Adapter(nn.Module, abc.ABC):
         for name, parameter in self._parameters.items():
             if parameter is None or parameter.is_meta:
                 continue
+            # Instead of no_grad around it, which takes longer than drawing few numbers.
+            values = parameter.detach()
             if name == "lora_A":
-                _draw(parameter, self.config.init, generator)
+                _draw(values, self.config.init, generator)
             else:
-                parameter.zero_()
+                values.zero_()
 
 
 def parameters_of(adapter: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
@@ -222,21 +223,21 @@ def parameters_of(adapter: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in adapter._parameters.items() if parameter is not None]
 
 
-def _draw(parameter: Tensor, init: str, generator: torch.Generator | None) -> None:
+def _draw(values: Tensor, init: str, generator: torch.Generator | None) -> None:
     """Fills A, seen as (rank, columns), leading expert axes apart.
 
     kaiming: U(-b, b) with b = 1 / sqrt(columns), that is He et al. 2015 (arXiv:1502.01852) with a = sqrt(5), as
     `nn.Linear` does; gaussian: N(0, 1 / rank^2); orthogonal: orthonormal rows or columns (Saxe et al. 2014,
     arXiv:1312.6120).
     """
-    direct = parameter.dtype == torch.float32 and parameter.is_cpu and parameter.is_contiguous()
-    drawn = parameter.detach() if direct else torch.empty(parameter.shape, dtype=torch.float32)
+    direct = values.dtype == torch.float32 and values.is_cpu and values.is_contiguous()
+    drawn = values if direct else torch.empty(values.shape, dtype=torch.float32)
     if init == "kaiming":
-        bound = 1 / math.sqrt(max(1, math.prod(parameter.shape[1:])))
+        bound = 1 / math.sqrt(max(1, math.prod(values.shape[1:])))
         drawn.uniform_(-bound, bound, generator=generator)
     elif init == "gaussian":
-        drawn.normal_(0, 1 / parameter.shape[0], generator=generator)
+        drawn.normal_(0, 1 / values.shape[0], generator=generator)
     else:
-        nn.init.orthogonal_(drawn.view(parameter.shape[0], -1), generator=generator)
+        nn.init.orthogonal_(drawn.view(values.shape[0], -1), generator=generator)
     if not direct:
-        parameter.copy_(drawn)
+        values.copy_(drawn)
