@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import StateError
-from .host import Host, base_tensor
+from .host import base_tensor, is_host
 from .quantized import stored_weight
 from .safefile import joined, raw_bytes
 from .tree import INNER, Node, walk
@@ -56,7 +56,7 @@ def fingerprints(places: Iterable[tuple[Node, tuple[str, ...]]]) -> list[dict[st
 
 def _original(node: Node, name: str) -> Tensor:
     module: Any = node.module
-    kept = module._modules[INNER].kept.get(name) if isinstance(module, Host) else None
+    kept = module._modules[INNER].kept.get(name) if is_host(module) else None
     found: Tensor = base_tensor(module, name) if kept is None else kept.original(module, name)
     stored = stored_weight(module) if kept is None and name == "weight" and not found.is_meta else None
     if stored is not None:

@@ -234,7 +234,7 @@ class _Fused(torch.autograd.Function):
         inner_grad = _scale(low_grad @ second, scales, factors, transposed, dropout)
         if inner is not None:
             inner_grad = inner_grad + grads[1]
-        flat = None if x is None else x.reshape(-1, x.shape[-1])
+        flat: Any = None if x is None else x.reshape(-1, x.shape[-1])
         mask = None
         if seed is not None and (wants[0] or not ctx.narrow):
             mask = _mask(torch.Size((len(grad), ctx.shape[-1])), grad.device, ctx.low, dropout, seed)

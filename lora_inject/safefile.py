@@ -235,7 +235,7 @@ def _batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 def joined(batch: Sequence[Tensor]) -> Tensor:
     """Returns the elements of tensors of one dtype and device in one row; a single tensor is not copied."""
     # torch flattens and joins them in one call: from here, one call for each would take longer than the copying.
-    return batch[0] if len(batch) == 1 else _flatten_dense_tensors(batch)  # type: ignore[no-untyped-call, no-any-return]
+    return batch[0] if len(batch) == 1 else _flatten_dense_tensors(batch)  # type: ignore[no-untyped-call]
 
 
 def stamp(path: Path, head: int) -> bytes:
