@@ -103,7 +103,7 @@ def check_base(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 
 def inject_all(model: nn.Module, life: Life) -> None:
-    """Adapts everything that can be adapted: "computed" where the weight is computed from others, "default" elsewhere."""
+    """Adapts all that can be: "computed" where the weight is computed from others, "default" elsewhere."""
     life.refused = refused(model)
     plan = li.plan(model, "*", rank=RANK, exclude=[literal(path) for path in life.refused])
     life.computed = [site.path for site in plan if is_computed(site)]
@@ -115,7 +115,7 @@ def inject_all(model: nn.Module, life: Life) -> None:
 
 
 def is_computed(site: Any) -> bool:
-    """Says whether the weight of a site is computed from others (weight_norm), so that a merge goes through their inverse."""
+    """Says whether the weight of a site is computed from others (weight_norm): a merge goes through their inverse."""
     weights = site.adapter_class.touches(site.extras)[:1]
     return not set(weights) <= set(site.module._parameters)
 
