@@ -116,11 +116,19 @@ class OutputHost(Host):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the base's output with the update of every live adapter added."""
         live = self._lora_live()
+        family = self.lora_family
         for adapter in live:
-            if adapter.parameter is not None:
-                # An adapter of one parameter works in weight space, whatever the host's own adapters do.
-                return super().forward(*args, **kwargs)  # type: ignore[misc]
-        return self.lora_family.host_forward(self, live, *args, **kwargs)
+            if not isinstance(adapter, family):
+                return self._lora_mixed(live, *args, **kwargs)
+        return family.host_forward(self, live, *args, **kwargs)
+
+    def _lora_mixed(self, live: list[Any], *args: Any, **kwargs: Any) -> Any:
+        # One of another kind (of a single parameter, say) works in weight space, and so do all that readers see.
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        for adapter in live:
+            if not adapter.readable:
+                output = adapter.update(self, output, *args, **kwargs)
+        return output
 
 
 def base_tensor(module: nn.Module, name: str) -> Any:
@@ -230,14 +238,20 @@ def family_for(adapter_class: type[Adapter], module: nn.Module) -> type[Adapter]
 
 def class_for(module: nn.Module, adapter: Adapter) -> type:
     """Returns the host class that the module has with this adapter added."""
+    kind = type(adapter)
     if isinstance(module, Host):
         names = tuple(dict.fromkeys((*module.lora_names, *adapter.updates)))
-        known = module.lora_base, names, module.lora_family, module.lora_source
-        return type(module) if names == module.lora_names else host_class(*known)
-    kind = type(adapter)
-    return host_class(
-        type(module), adapter.updates, family_for(kind, module), kind if kind.members(type(module)) else None
-    )
+        family, source = module.lora_family, module.lora_source
+        if not adapter.readable and family is None:
+            # Who reads the weight would miss it, so the host must act on the output from now on.
+            family, source = family_for(kind, module), source or _source(kind, module.lora_base)
+        known = module.lora_base, names, family, source
+        return type(module) if known == recipe_of(module) else host_class(*known)
+    return host_class(type(module), adapter.updates, family_for(kind, module), _source(kind, type(module)))
+
+
+def _source(kind: type[Adapter], base: type) -> type[Adapter] | None:
+    return kind if kind.members(base) else None
 
 
 def _swap(module: nn.Module, cls: type) -> None:

@@ -145,7 +145,8 @@ def _check_class(module: nn.Module, adapter_class: type[Adapter], names: tuple[s
             f"carries adapters of kind {module.lora_family.kind!r}, beside which {adapter_class.kind!r} cannot work: "
             "uninject those first"
         )
-    if not is_outermost(module) and not set(names) <= set(module.lora_names):
+    reshaped = not adapter_class.readable and module.lora_family is None
+    if not is_outermost(module) and (reshaped or not set(names) <= set(module.lora_names)):
         raise UnsupportedError(
             f"its class was changed to {type(module).__name__} after it got adapters: undo that first (last in, "
             "first out)"

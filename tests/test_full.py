@@ -107,3 +107,58 @@ def test_it_goes_through_a_file_and_a_checkpoint(model, tmp_path):
     merged = copy.deepcopy(base)
     merged.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
     assert torch.equal(merged(x), model(x))
+
+
+@pytest.mark.parametrize("order", [("block", "whole"), ("whole", "block")])
+@pytest.mark.parametrize("merged", [False, True])
+def test_beside_a_whole_block_both_act_in_either_order(order, merged):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.LayerNorm(8)), torch.randn(5, 8)
+    norm = copy.deepcopy(model[0]).double()
+    before = snapshot(model)
+    block = {"adapter": "block", "in_features": 8, "out_features": 8}
+    targets = {"block": li.Target("0", **block), "whole": li.Target("0.weight", **FULL)}
+    for name in order:
+        li.inject(model, targets[name], name=name, rank=2, alpha=6)
+    p = fill(model)
+    if merged:
+        li.merge(model, "whole")
+    weight = norm.weight + 3 * p["0.adapters.whole@weight.lora_dense"]
+    path = 3 * x.double() @ p["0.adapters.block.lora_A"].T @ p["0.adapters.block.lora_B"].T
+    wanted = nn.functional.layer_norm(x.double(), (8,), weight, norm.bias) + path
+    assert torch.allclose(model(x).double(), wanted, atol=1e-5)
+    with li.disabled(model, "block"):
+        assert torch.allclose(model(x).double(), wanted - path, atol=1e-5)
+    li.uninject(model, "block")
+    assert torch.allclose(model(x).double(), wanted - path, atol=1e-5)
+    li.uninject(model, "whole")
+    assert_same(before, model)
+
+
+def test_a_block_of_steps_with_a_parameter_of_its_own_still_walks_its_steps_alone():
+    class Scaled(nn.Sequential):
+        def __init__(self, *steps: nn.Module) -> None:
+            super().__init__(*steps)
+            self.gain = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.gain
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Scaled(nn.Linear(4, 4), nn.Tanh())), torch.randn(3, 4)
+    base = copy.deepcopy(model).double()
+    li.inject(model, li.Target("0.gain", **FULL), name="whole")
+    li.inject(model, li.Target("0", adapter="block", in_features=4, out_features=4), name="block", rank=2)
+    p = fill(model)
+    assert len(model[0]) == 2
+    gain = 1 + p["0.adapters.whole@gain.lora_dense"]
+    path = x.double() @ p["0.adapters.block.lora_A"].T @ p["0.adapters.block.lora_B"].T
+    assert torch.allclose(model(x).double(), base(x.double()) * gain + path, atol=1e-5)
+
+
+def test_a_block_is_refused_where_the_class_was_changed_over_a_host_that_cannot_take_it():
+    model = nn.Sequential(nn.LayerNorm(8))
+    li.inject(model, li.Target("0.weight", **FULL), name="whole")
+    model[0].__class__ = type("Wrapped", (type(model[0]),), {})
+    with pytest.raises(li.UnsupportedError, match="class was changed to Wrapped"):
+        li.inject(model, li.Target("0", adapter="block", in_features=8, out_features=8), name="block")

@@ -295,3 +295,20 @@ def test_a_hooked_quantized_layer_is_refused():
     model[0].forward = lambda x: nn.Linear.forward(model[0], x)
     with pytest.raises(li.UnsupportedError, match=r"0 .*quantized weight cannot act: remove the hook"):
         li.inject(model, "0")
+
+
+@pytest.mark.parametrize("order", [("pair", "whole"), ("whole", "pair")])
+@pytest.mark.parametrize("name", ["torchao-int8", "bitsandbytes-int8", "bitsandbytes-nf4"])
+def test_a_bias_trained_as_a_whole_leaves_the_low_rank_path_on(name, order):
+    model, plain_one = MAKERS[name](), MAKERS[name]()
+    targets = {"pair": "0", "whole": li.Target("0.bias", adapter="full")}
+    for part in order:
+        li.inject(model, targets[part], name=part, rank=2)
+    fill(model)
+    p = {key: value.detach().double() for key, value in li.adapter_parameters(model).items()}
+    x = torch.randn(5, WIDTH)
+    path = x.double() @ p["0.adapters.pair.lora_A"].T @ p["0.adapters.pair.lora_B"].T
+    wanted = plain_one[0](x).detach().double()
+    wanted = wanted + path + p["0.adapters.whole@bias.lora_dense"]
+    assert torch.allclose(model[0](x).double(), wanted, rtol=1e-3, atol=1e-3)
+    assert path.abs().max() > 0.05

@@ -29,6 +29,7 @@ class BlockAdapter(Adapter):
     extras = ("in_features", "out_features", "example")
     on_request = True
     mergeable = False
+    readable = False
     stacks = True
     lora_A: nn.Parameter
     lora_B: nn.Parameter
