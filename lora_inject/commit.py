@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -26,9 +27,25 @@ def all_or_nothing() -> Iterator[Undo]:
             yield steps.append
             deliver()
         except BaseException:
-            for step in reversed(steps):
-                step()
+            _take_back(steps)
             raise
+
+
+def _take_back(steps: list[Callable[[], object]]) -> None:
+    """Runs every step, last first: one that fails must not keep those before it from running."""
+    failures = []
+    for step in reversed(steps):
+        try:
+            step()
+        except Exception as failed:
+            failures.append(f"{type(failed).__name__}: {failed}")
+    if failures:
+        listed = "; ".join(failures)
+        warnings.warn(
+            f"{len(failures)} of {len(steps)} steps could not be taken back ({listed}): load the model anew",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 @contextmanager

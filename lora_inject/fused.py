@@ -36,7 +36,8 @@ def can_fuse(x: Any, weight: Any, bias: Any) -> bool:
     elif x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         # The base's own error is wanted.
         return False
-    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
+    # No shape can be inferred from no numbers.
+    return weight.numel() > 0 and torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
 def _under_autocast(x: Tensor) -> bool:

@@ -36,6 +36,16 @@ def checksum(blocks: Iterable[Tensor]) -> int:
     return total % 2**64
 
 
+def overlaps(tensor: Tensor) -> bool:
+    """Says whether elements may lie at the same place in memory, as those of an expanded tensor do."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
 class Kept(abc.ABC):
     """The way back from one merged parameter of a host."""
 

@@ -31,8 +31,8 @@ def merge_parameter(job: Job, undo: Undo) -> Kept:
     if job.stored is not None:
         return _requantize(job, job.stored, undo)
     if current is None or job.unties:
-        weight = base_tensor(job.host, job.host.lora_names[0])
-        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        like = base_tensor(job.host, job.host.lora_names[0]) if current is None else current
+        dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
         return _replace(job, current, dtype, undo)
     flat = current.detach().flatten(0, job.axes - 1)
     in_place = flat.data_ptr() == current.data_ptr()
@@ -54,9 +54,7 @@ def _replace(job: Job, current: nn.Parameter | None, dtype: torch.dtype, undo: U
         value, _ = job.value(None, slice(None), dtype)
         trains = job.host._parameters[job.host.lora_names[0]].requires_grad
     else:
-        flat = current.detach().flatten(0, job.axes - 1)
-        blocks = row_blocks(current.shape, job.axes)
-        value = torch.cat([job.value(flat[rows], rows, dtype)[0] for rows in blocks]).reshape(current.shape)
+        value = _summed(job, current.detach(), dtype)
         trains = current.requires_grad
     kept = Replaced(current)
     _keep(job, kept, undo)
@@ -64,6 +62,15 @@ def _replace(job: Job, current: nn.Parameter | None, dtype: torch.dtype, undo: U
     undo(kept_before)
     job.host._parameters[job.key] = nn.Parameter(value, requires_grad=trains)
     return kept
+
+
+def _summed(job: Job, original: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the merged weight in new memory."""
+    flat, value = original.flatten(0, job.axes - 1), torch.empty(original.shape, dtype=dtype, device=original.device)
+    into = value.flatten(0, job.axes - 1)
+    for rows in row_blocks(original.shape, job.axes):
+        into[rows] = job.value(flat[rows], rows, dtype)[0]
+    return value
 
 
 def _requantize(job: Job, stored: Stored, undo: Undo) -> Kept:
@@ -120,9 +127,7 @@ def _rewrite(job: Job, weight: Computed, undo: Undo) -> Kept:
 def _copy(job: Job, current: nn.Parameter, undo: Undo) -> Kept:
     """Writes the sum in place and keeps a copy of the original."""
     kept = Copy(current.detach().clone())
-    flat = kept.tensor.flatten(0, job.axes - 1)
-    blocks = row_blocks(current.shape, job.axes)
-    value = torch.cat([job.value(flat[rows], rows, current.dtype)[0] for rows in blocks]).reshape(current.shape)
+    value = _summed(job, kept.tensor, current.dtype)
     _keep(job, kept, undo)
     undo(partial(overwrite, current, kept.tensor))
     overwrite(current, value)

@@ -13,7 +13,7 @@ from .commit import Undo
 from .computed import computed_weight
 from .errors import UnsupportedError
 from .host import Adapters
-from .keeping import Kept, Replaced, Through
+from .keeping import Kept, Replaced, Through, overlaps
 from .merge_job import Job, Merged, MergeOptions, report_row
 from .merge_ways import merge_parameter
 from .quantized import stored_weight
@@ -84,6 +84,7 @@ def _job(host: Any, key: str, where: str, sources: list[Any], options: MergeOpti
             "the base that was quantized, or keep the adapter unmerged"
         )
     unties = alone and (id(host), key) in options.ties.shared
+    unties = unties or (current is not None and stored is None and overlaps(current))
     updates = [source.delta_rows(host, key) for source in using]
     return Job(host, key, where, updates, using, axes, options, unties, stored, computed)
 

@@ -81,7 +81,7 @@ class Residual(Kept):
         flat, updates = current.flatten(0, self.axes - 1), self.updates(host, key)
         found = [self.recover(flat, updates, position) for position in range(len(self.blocks))]
         self._prove(checksum(found))
-        return torch.cat(found).reshape(current.shape)
+        return torch.cat(found).reshape(current.shape) if found else current.clone()
 
     @torch.no_grad()
     def restore(self, host: Any, key: str, undo: Undo) -> None:

@@ -89,6 +89,14 @@ def test_gradients_with_dropout(transposed):
         assert not torch.equal(run(*given), by_hand(*given[:3], (1.5,), given[3:], transposed))
 
 
+def test_a_dropout_next_to_one_scales_what_stays_and_drops_the_rest():
+    x, rate = torch.rand(4096, 64, generator=torch.Generator().manual_seed(0)) + 1, 0.999999
+    out = fused_linear(x, torch.zeros(64, 64), None, (1.0,), (torch.eye(64), torch.eye(64)), dropout=rate)
+    kept = out != 0
+    assert torch.allclose(out[kept].double(), x[kept].double() / (1 - rate), rtol=1e-5)
+    assert kept.sum() < 200, "one in four such calls is expected to keep one, or a few of one column"
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_dropout_keeps_the_mean_and_drops_at_its_rate(rate):
     x, size = torch.ones(400, 64), 64

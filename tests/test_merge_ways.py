@@ -176,3 +176,65 @@ def test_an_option_that_cannot_be_used_is_named(option):
     with pytest.raises(li.ConfigError, match=next(iter(option))):
         li.merge(made, **option)
     assert_same(before, made)
+
+
+@pytest.mark.parametrize("keep", ["residual", "copy", "nothing"])
+@pytest.mark.parametrize("how", ["expanded", "windows"])
+def test_a_weight_whose_elements_overlap_in_memory_gets_memory_of_its_own(keep, how):
+    """In place, one write would reach many elements: torch refuses some, and takes others without a word."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    strange = torch.randn(1, 8).expand(8, 8) if how == "expanded" else torch.randn(15).as_strided((8, 8), (1, 1))
+    model[1].weight = nn.Parameter(strange)
+    parameter, before = model[1].weight, snapshot(model)
+    li.inject(model, "*", rank=2)
+    fill(model)
+    p = {key: value.detach().double() for key, value in li.adapter_parameters(model).items()}
+    wanted = strange.double() + p["1.adapters.default.lora_B"] @ p["1.adapters.default.lora_A"]
+    output = model(x)
+    report = li.merge(model, keep=keep)
+    assert report.untied == ("1.weight",)
+    assert torch.allclose(model[1]._parameters["weight"].double(), wanted, atol=1e-6)
+    assert torch.allclose(model(x), output, atol=1e-5)
+    if keep != "nothing":
+        li.uninject(model)
+        assert model[1].weight is parameter and parameter.stride() == strange.stride()
+        assert_same(before, model)
+
+
+def test_every_step_is_taken_back_though_one_of_them_fails():
+    from lora_inject.commit import all_or_nothing
+
+    back = []
+    with pytest.warns(RuntimeWarning, match="1 of 3 steps.*no memory"), pytest.raises(KeyError, match="the cause"):
+        with all_or_nothing() as undo:
+            undo(lambda: back.append("first"))
+            undo(_fails)
+            undo(lambda: back.append("last"))
+            raise KeyError("the cause")
+    assert back == ["last", "first"]
+
+
+def _fails():
+    raise MemoryError("no memory")
+
+
+@pytest.mark.parametrize("keep", ["residual", "copy", "nothing"])
+@pytest.mark.parametrize("sizes", [(4, 0), (0, 4)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_of_no_rows_or_no_columns_is_merged_cast_and_given_back(keep, sizes):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(*sizes)) if sizes[0] else nn.Sequential(nn.Linear(*sizes))
+    x, base = torch.randn(3, model[0].in_features), copy.deepcopy(model)
+    li.inject(model, "*", rank=2, bias=True)
+    fill(model)
+    output = model(x)
+    assert output.shape == base(x).shape
+    output.sum().backward()
+    report = li.merge(model, keep=keep)
+    assert len(report) == 2 * len(model) and torch.allclose(model(x), output, atol=1e-5)
+    if keep == "nothing":
+        return
+    model.double()
+    li.uninject(model)
+    for key, value in base.double().state_dict().items():
+        assert torch.equal(model.state_dict()[key], value)

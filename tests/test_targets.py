@@ -234,3 +234,14 @@ def test_a_misspelt_option_names_the_nearest():
         li.Target("*", alhpa=3)
     with pytest.raises(li.ConfigError, match="dropout"):
         li.plan(tower(1), "*", drop_out=0.1)
+
+
+@pytest.mark.parametrize(
+    "value", [10**400, -(10**400), float("inf"), float("nan")], ids=["huge", "-huge", "inf", "nan"]
+)
+@pytest.mark.parametrize("option", ["alpha", "dropout"])
+def test_a_number_that_no_float_holds_is_refused_as_a_value(option, value):
+    with pytest.raises(li.ConfigError, match=option):
+        li.Target("*", **{option: value})
+    with pytest.raises(li.ConfigError, match=option):
+        li.plan(torch.nn.Sequential(torch.nn.Linear(2, 2)), "*", **{option: value})
