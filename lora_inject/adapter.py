@@ -188,6 +188,17 @@ class Adapter(nn.Module, abc.ABC):
         flat = update.flatten(0, self.row_axes - 1)
         return lambda rows: flat[rows]
 
+    def axes_of(self, name: str) -> int:
+        """Returns how many leading axes of one of the host's parameters count as rows for this adapter alone."""
+        return self.row_axes if name == self.updates[0] else 1
+
+    def rows_by(self, host: Any, name: str, axes: int) -> Rows:
+        """Returns `delta_rows` with that many leading axes as rows, on which all adapters of a parameter must agree."""
+        if axes == self.axes_of(name):
+            return self.delta_rows(host, name)
+        flat = self.delta(host)[name].flatten(0, axes - 1)
+        return lambda rows: flat[rows]
+
     @classmethod
     def needs_host(cls, config: SiteConfig) -> bool:
         """Says whether `layout` and `delta` read more of the host than the shapes of its parameters."""

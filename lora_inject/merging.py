@@ -75,7 +75,7 @@ def _job(host: Any, key: str, where: str, sources: list[Any], options: MergeOpti
             "load the weights first, or merge the checkpoint by the command `lora-inject merge`"
         )
     using = [source for source in sources if key in source.delta_names(host)]
-    axes = using[0].row_axes if key == using[0].updates[0] else 1
+    axes = max(source.axes_of(key) for source in using)
     stored = stored_weight(host) if key == "weight" else None
     if stored is not None and not options.requantize:
         raise UnsupportedError(
@@ -85,7 +85,7 @@ def _job(host: Any, key: str, where: str, sources: list[Any], options: MergeOpti
         )
     unties = alone and (id(host), key) in options.ties.shared
     unties = unties or (current is not None and stored is None and overlaps(current))
-    updates = [source.delta_rows(host, key) for source in using]
+    updates = [source.rows_by(host, key, axes) for source in using]
     return Job(host, key, where, updates, using, axes, options, unties, stored, computed)
 
 

@@ -65,7 +65,7 @@ class Residual(Kept):
 
     def updates(self, host: Any, key: str) -> list[Rows]:
         """Returns what gives the rows of every adapter's update of the parameter."""
-        return [source.delta_rows(host, key) for source in self.sources if key in source.delta_names(host)]
+        return [source.rows_by(host, key, self.axes) for source in self.sources if key in source.delta_names(host)]
 
     def recover(self, flat: Tensor, updates: Sequence[Rows], position: int) -> Tensor:
         """Returns one block of the original from the merged weight."""

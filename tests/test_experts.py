@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from models import fill
+from safetensors.torch import load_file, save_file
 from snapshot import assert_same, raw, snapshot
 from torch import nn
 from transformers import (
@@ -162,3 +163,52 @@ def test_rank_decides_what_is_trained_and_its_optimizer_holds(family):
     weights = [experts(model)._parameters[name] for name in ("gate_up_proj", "down_proj")]
     assert plan.parameters == sum(4 * (w.shape[1] + w.shape[2]) for w in weights)
     assert plan.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def packed() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.experts = nn.Module()
+    model.experts.up = nn.Parameter(torch.randn(3, 4, 5))
+    return model
+
+
+@pytest.mark.parametrize("order", [("pairs", "whole"), ("whole", "pairs")])
+@pytest.mark.parametrize("keep", ["residual", "copy"])
+def test_pairs_and_a_whole_update_of_one_packed_parameter_are_merged_in_memory_and_on_disk(order, keep, tmp_path):
+    model = packed()
+    base, before = model.experts.up.detach().double(), snapshot(model)
+    save_file({"experts.up": model.experts.up.detach().clone()}, tmp_path / "model.safetensors")
+    for name in order:
+        adapter = "full" if name == "whole" else "parameter"
+        li.inject(model, li.Target("experts.up", adapter=adapter), name=name, rank=2, alpha=6)
+    fill(model)
+    p = {key.split("@up.")[1]: value.detach().double() for key, value in li.adapter_parameters(model).items()}
+    wanted = base + 3 * (p["lora_B"] @ p["lora_A"] + p["lora_dense"])
+    files = [li.export(model, tmp_path / name, name=name) for name in order]
+    li.merge(model, keep=keep)
+    found = model.experts._parameters["up"]
+    assert torch.allclose(found.double(), wanted, atol=1e-5)
+    li.merge_checkpoint(tmp_path / "model.safetensors", files, tmp_path / "out")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["experts.up"], found)
+    li.uninject(model)
+    assert_same(before, model)
+
+
+def test_a_convolutions_pair_and_stacked_pairs_of_its_kernel_are_merged_together():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv1d(4, 6, 3)), torch.randn(2, 4, 9)
+    before = snapshot(model)
+    li.inject(model, "0", name="conv", rank=2)
+    li.inject(model, li.Target("0.weight", adapter="parameter"), name="stack", rank=2)
+    fill(model)
+    p = {key: value.detach().double() for key, value in li.adapter_parameters(model).items()}
+    conv = p["0.adapters.conv.lora_B"].flatten(1) @ p["0.adapters.conv.lora_A"].flatten(1)
+    stack = p["0.adapters.stack@weight.lora_B"] @ p["0.adapters.stack@weight.lora_A"]
+    wanted = model[0]._parameters["weight"].double() + conv.reshape(6, 4, 3) + stack
+    output = model(x)
+    li.merge(model)
+    assert torch.allclose(model[0]._parameters["weight"].double(), wanted, atol=1e-5)
+    assert torch.allclose(model(x), output, atol=1e-4)
+    li.uninject(model)
+    assert_same(before, model)

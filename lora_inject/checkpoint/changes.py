@@ -214,7 +214,6 @@ def find_targets(
 def _change(path: str, name: str, group: list[Update]) -> Change:
     first = group[0]
     known = first.host._parameters.get(name)
-    is_weight = name == first.weight_name
     shape = tuple(known.shape) if known is not None else (first.outputs,)
-    axes = first.row_axes if is_weight else 1
+    axes = max(update.row_axes if name == update.weight_name else 1 for update in group)
     return Change(f"{path}.{name}" if path else name, name, shape, axes, tuple(group))

@@ -78,7 +78,8 @@ class Loaded:
         """Returns what gives the rows of each update."""
         with self.lock:
             if not self.rows:
-                self.rows = [update.load().delta_rows(update.host, self.change.name) for update in self.change.updates]
+                name, axes = self.change.name, self.change.axes
+                self.rows = [update.load().rows_by(update.host, name, axes) for update in self.change.updates]
         return self.rows
 
 
