@@ -22,7 +22,7 @@ def all_or_nothing() -> Iterator[Undo]:
     way back.
     """
     steps: list[Callable[[], object]] = []
-    with _deferred_interrupt() as deliver:
+    with deferred_interrupt() as deliver:
         try:
             yield steps.append
             deliver()
@@ -49,8 +49,11 @@ def _take_back(steps: list[Callable[[], object]]) -> None:
 
 
 @contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], None]]:
-    """Yields a function that hands an interrupt that came meanwhile to the handler that was there before."""
+def deferred_interrupt() -> Iterator[Callable[[], None]]:
+    """Makes Ctrl-C wait until the block is over: what must be done whole, as a way back, is done and not taken back.
+
+    Yields a function that hands an interrupt that came meanwhile to the handler that was there before.
+    """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield lambda: None

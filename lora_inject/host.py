@@ -34,9 +34,11 @@ class Adapters(nn.ModuleDict):
     """The child of a host that holds its adapters by slot, and what a merge has kept to go back."""
 
     kept: dict[str, Kept]
+    merged_by: Any
+    """The options of the last merge, by which others make it again; None before the first."""
 
     def __init__(self, training: bool) -> None:
-        init_module(self, training=training, kept={})
+        init_module(self, training=training, kept={}, merged_by=None)
 
     def named(self) -> Iterator[tuple[str, Any]]:
         """Yields the name and the adapter of every slot."""

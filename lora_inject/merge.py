@@ -15,7 +15,7 @@ from .config import check_option
 from .errors import RoundingWarning, StateError
 from .host import Host
 from .merge_job import ENOUGH, Merged, MergeOptions
-from .merging import merge_host, unmerge_host
+from .merging import Work, merge_host, unmerge_host
 from .refs import AdapterRef, adapters, by_host, pick
 from .tables import percent, table
 from .ties import Ties, find_ties
@@ -144,10 +144,6 @@ def merge(
     if report.lossy:
         warnings.warn(report.advice, RoundingWarning, stacklevel=2)
     return report
-
-
-Work = tuple[Any, str, tuple[str, ...]]
-"""A host, its path, and the adapters that it holds merged when all is done."""
 
 
 def _work(model: nn.Module, refs: list[AdapterRef], ties: Ties) -> list[Work]:

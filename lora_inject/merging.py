@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,10 @@ from .keeping import Kept, Replaced, Through, overlaps
 from .merge_job import Job, Merged, MergeOptions, report_row
 from .merge_ways import merge_parameter
 from .quantized import stored_weight
+from .ties import Ties
+
+Work = tuple[Any, str, Sequence[str]]
+"""A host, its path, and the adapters that it holds merged when all is done."""
 
 
 @torch.no_grad()
@@ -51,10 +56,21 @@ def merge_host(host: Any, path: str, names: Sequence[str], options: MergeOptions
         job = _job(host, key, f"{path}.{key}" if path else key, sources, options, leader is None)
         kept = merge_parameter(job, undo)
         rows.append(report_row(job, names, kept))
+    undo(partial(inner.__dict__.__setitem__, "merged_by", inner.merged_by))
+    # Without the ties, which hold modules of the whole model.
+    inner.__dict__["merged_by"] = replace(options, ties=Ties(), holding={})
     for adapter in members:
         undo(partial(setattr, adapter, "merged", adapter.merged))
         adapter.merged = True
     return rows
+
+
+def merge_again(hosts: Iterable[Work], ties: Ties, undo: Undo) -> None:
+    """Merges adapters into hosts that were unmerged for a while, each by the options of its last merge."""
+    hosts = list(hosts)
+    holding = {id(host): names for host, _, names in hosts}
+    for host, path, names in hosts:
+        merge_host(host, path, names, replace(host.adapters.merged_by, ties=ties, holding=holding), undo)
 
 
 def _widen(adapter: Any, options: MergeOptions) -> bool:

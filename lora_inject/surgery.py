@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,7 @@ from .bulk import uncollected
 from .commit import Undo, all_or_nothing
 from .errors import StateError, UnsupportedError
 from .host import attach, class_for, detach, is_host, is_outermost, restorer
-from .merge_job import MergeOptions
-from .merging import bake_host, merge_host, unmerge_host
+from .merging import bake_host, merge_again, unmerge_host
 from .offload import guard, release
 from .plan import Plan, plan_nodes
 from .refs import AdapterRef, adapters, by_host, chosen
@@ -217,16 +216,12 @@ def _settle(hosts: list[_Leaving], keep: bool, ties: Ties, undo: Undo) -> None:
     for one in again if keep else hosts:
         unmerge_host(one.host, undo)
     if keep:
-        _merge_all([replace(one, staying=[n for n in one.merged if n not in one.staying]) for one in again], ties, undo)
+        merge_again(
+            [(one.host, one.path, [n for n in one.merged if n not in one.staying]) for one in again], ties, undo
+        )
         for one in hosts:
             _adopt(one.host, bake_host(one.host, undo), undo)
-    _merge_all(again, ties, undo)
-
-
-def _merge_all(hosts: list[_Leaving], ties: Ties, undo: Undo) -> None:
-    options = MergeOptions(ties=ties, requantize=True, holding={id(one.host): one.staying for one in hosts})
-    for one in hosts:
-        merge_host(one.host, one.path, one.staying, options, undo)
+    merge_again([(one.host, one.path, one.staying) for one in again], ties, undo)
 
 
 def _adopt(host: Any, created: list[str], undo: Undo) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from .adapter import Adapter
-from .commit import all_or_nothing
+from .commit import all_or_nothing, deferred_interrupt
 from .config import check_option
 from .errors import StateError
 from .host import Host
 from .merge import merged_hosts
-from .merge_job import MergeOptions
-from .merging import merge_host, unmerge_host
+from .merging import merge_again, unmerge_host
 from .refs import adapters, chosen, pick
 from .ties import Ties, find_ties
 from .tree import walk
@@ -42,27 +42,33 @@ def _disabled(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
     covered = {id(ref.module) for ref in refs if ref.adapter.merged}
     merged = {path: host for path, host in merged_hosts(model).items() if id(host) in covered} if covered else {}
     before = {path: host.adapters.merged_names() for path, host in merged.items()}
-    with all_or_nothing() as undo:
-        for host in merged.values():
-            unmerge_host(host, undo)
     muted = [ref.adapter.__dict__ for ref in refs]
-    _mute(muted, 1)
+    begun: list[bool] = []
     try:
+        with all_or_nothing() as undo:
+            undo(begun.clear)
+            begun.append(True)
+            for host in merged.values():
+                unmerge_host(host, undo)
+            undo(partial(_mute, muted, -1))
+            _mute(muted, 1)
         yield
     finally:
-        _mute(muted, -1)
-        ties = find_ties(model) if merged else Ties()
-        held = {
-            path: [name for name in before[path] if isinstance(host, Host) and host.adapters.of([name])]
-            for path, host in merged.items()
-        }
-        options = MergeOptions(
-            ties=ties, requantize=True, holding={id(host): held[path] for path, host in merged.items()}
-        )
-        with all_or_nothing() as undo:
-            for path, host in merged.items():
-                if held[path]:
-                    merge_host(host, path, held[path], options, undo)
+        if begun:
+            with deferred_interrupt():
+                _mute(muted, -1)
+                _come_back(model, merged, before)
+
+
+def _come_back(model: nn.Module, merged: dict[str, Any], before: dict[str, list[str]]) -> None:
+    """Merges again what was merged, as far as it is still there."""
+    held = [
+        (host, path, [name for name in before[path] if isinstance(host, Host) and host.adapters.of([name])])
+        for path, host in merged.items()
+    ]
+    ties = find_ties(model) if held else Ties()
+    with all_or_nothing() as undo:
+        merge_again([entry for entry in held if entry[2]], ties, undo)
 
 
 def _mute(adapters: list[dict[str, Any]], change: int) -> None:

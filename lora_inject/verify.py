@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .commit import deferred_interrupt
 from .errors import StateError, UnsupportedError
 from .host import OutputHost
 from .merge import merge, unmerge
@@ -74,11 +75,11 @@ def _probing(model: nn.Module, refs: list[AdapterRef]) -> Iterator[None]:
                 parameter.requires_grad_(True)
             yield
     finally:
-        for module, training in flags:
-            module.training = training
-        for parameter, training in trains:
-            parameter.requires_grad_(training)
-        with torch.no_grad():
+        with deferred_interrupt(), torch.no_grad():
+            for module, training in flags:
+                module.training = training
+            for parameter, training in trains:
+                parameter.requires_grad_(training)
             for tensor, before in saved:
                 tensor.copy_(before)
 
@@ -199,15 +200,17 @@ def _merge_error(
     names -= {ref.name for ref in refs if not ref.adapter.mergeable}
     if not names:
         return None
-    try:
-        merge(model, *names)
-    except UnsupportedError:
-        # A weight that is computed from others, or offloaded, is right as it is and never merged.
-        return None
-    try:
-        return _distance(outputs, _run(model, args, kwargs))
-    finally:
-        unmerge(model)
+    # Ctrl-C waits for this one run: the unmerge, told to stop, would take itself back and leave the model merged.
+    with deferred_interrupt():
+        try:
+            merge(model, *names)
+        except UnsupportedError:
+            # A weight that is computed from others, or offloaded, is right as it is and never merged.
+            return None
+        try:
+            return _distance(outputs, _run(model, args, kwargs))
+        finally:
+            unmerge(model)
 
 
 def _bound(refs: list[AdapterRef]) -> float:

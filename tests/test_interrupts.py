@@ -15,6 +15,7 @@ from models import TOKENS, fill, text
 from snapshot import assert_same, snapshot
 
 import lora_inject as li
+from lora_inject.residual import Residual
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -139,6 +140,59 @@ def test_an_error_at_any_line_of_the_change_takes_everything_back(make, call, tm
 def _fail():
     sys.settrace(None)
     raise MemoryError
+
+
+def _interrupts_before(monkeypatch, owner, name):
+    """Sends Ctrl-C each time the method is about to run."""
+    method = getattr(owner, name)
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+def test_ctrl_c_while_verify_goes_back_comes_after_it(tmp_path, monkeypatch):
+    model = with_adapters(tmp_path)
+    before = snapshot(model)
+    _interrupts_before(monkeypatch, Residual, "restore")
+    with pytest.raises(KeyboardInterrupt):
+        li.verify(model, TOKENS)
+    assert_same(before, model)
+    assert not any(ref.adapter.merged for ref in li.adapters(model))
+
+
+def test_ctrl_c_anywhere_in_the_merge_and_unmerge_of_verify_leaves_nothing_merged(tmp_path):
+    def inside(frame) -> bool:
+        return frame.f_code.co_name in ("_merge_error", "unmerge", "unmerge_host", "merge_host", "restore")
+
+    model = with_adapters(tmp_path)
+    with Lines(-1, None, inside) as lines:
+        li.verify(model, TOKENS)
+    for stop in range(1, lines.count, max(1, lines.count // 25)):
+        model = with_adapters(tmp_path)
+        before = snapshot(model)
+        with pytest.raises(KeyboardInterrupt), Lines(stop, lambda: os.kill(os.getpid(), signal.SIGINT), inside):
+            li.verify(model, TOKENS)
+        assert_same(before, model)
+        assert not any(ref.adapter.merged for ref in li.adapters(model))
+
+
+@pytest.mark.parametrize("where", ["enter", "leave"])
+def test_ctrl_c_while_disabled_begins_or_ends_leaves_the_model_merged_as_it_was(tmp_path, monkeypatch, where):
+    model = merged(tmp_path)
+    before, wanted = snapshot(model), model(TOKENS)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if where == "enter":
+            _interrupts_before(patch, Residual, "restore")
+        with li.disabled(model):
+            assert where == "leave", "the interrupt came before the block"
+            _interrupts_before(patch, Residual, "note")
+    assert all(ref.adapter.merged and not ref.adapter.muted for ref in li.adapters(model))
+    assert torch.equal(model(TOKENS), wanted)
+    # An untied parameter is a new one after each merge.
+    assert snapshot(model)["values"] == before["values"]
 
 
 def test_ctrl_c_raised_between_two_sites_by_an_adapter_class(clean_registry):

@@ -206,12 +206,12 @@ def test_every_step_is_taken_back_though_one_of_them_fails():
     from lora_inject.commit import all_or_nothing
 
     back = []
-    with pytest.warns(RuntimeWarning, match="1 of 3 steps.*no memory"), pytest.raises(KeyError, match="the cause"):
-        with all_or_nothing() as undo:
-            undo(lambda: back.append("first"))
-            undo(_fails)
-            undo(lambda: back.append("last"))
-            raise KeyError("the cause")
+    warned = pytest.warns(RuntimeWarning, match="1 of 3 steps.*no memory")
+    with warned, pytest.raises(KeyError, match="the cause"), all_or_nothing() as undo:
+        undo(lambda: back.append("first"))
+        undo(_fails)
+        undo(lambda: back.append("last"))
+        raise KeyError("the cause")
     assert back == ["last", "first"]
 
 
@@ -238,3 +238,54 @@ def test_a_layer_of_no_rows_or_no_columns_is_merged_cast_and_given_back(keep, si
     li.uninject(model)
     for key, value in base.double().state_dict().items():
         assert torch.equal(model.state_dict()[key], value)
+
+
+def held(model: nn.Module) -> dict[str, tuple[object, object]]:
+    """Returns dtype, bits and way back of every merged parameter."""
+    return {
+        f"{path}.{key}": (module._parameters[key].dtype, raw(module._parameters[key]), type(way))
+        for path, module in model.named_modules()
+        if hasattr(module, "lora_names")
+        for key, way in module.adapters.kept.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": torch.float32}, {"accumulate": torch.float64}, {"keep": "copy"}],
+    ids=["wider", "accumulate", "copy"],
+)
+@pytest.mark.parametrize("how", ["disabled", "uninject", "uninject-keep", "copied"])
+def test_what_merges_again_does_so_by_the_options_of_the_merge(options, how):
+    torch.manual_seed(0)
+    fresh = nn.Sequential(nn.Linear(300, 40).to(torch.bfloat16 if "dtype" in options else torch.float32))
+    model, alone = fresh, copy.deepcopy(fresh)
+    for name in ("a", "b"):
+        li.inject(model, "0", name=name, rank=3)
+        fill(model, 3)
+    with torch.no_grad():
+        for adapter in model[0].adapters.children():
+            adapter.lora_A.mul_(2e-4)
+    li.inject(alone, "0", name="a", rank=3)
+    alone[0].adapters["a"].load_state_dict(model[0].adapters["a"].state_dict())
+    li.merge(alone, **options)
+    li.merge(model, **options)
+    wanted = held(model)
+    if how == "disabled":
+        with li.disabled(model):
+            assert not held(model)
+    elif how == "copied":
+        model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        with li.disabled(model, "a"):
+            assert not held(model)
+    elif how == "uninject":
+        li.uninject(model, "b")
+        wanted = held(alone)
+    else:
+        li.uninject(model, "b", keep_merged=True)
+        assert model[0]._parameters["weight"].dtype == wanted["0.weight"][0]
+        assert model[0].adapters.merged_names() == ["a"]
+        return
+    assert held(model) == wanted
+    if "dtype" in options:
+        assert wanted["0.weight"][0] == torch.float32
