@@ -205,7 +205,17 @@ def _filled(file: Source, sites: Mapping[str, list[Site]]) -> list[Adapter]:
         empty += [owner._parameters[key] for key in group[0].layout]  # type: ignore[misc]
         for member in members:
             share(owner, member)
+        owner.shared |= _lacks_a_user(file.sites[path], group)
         built += [owner, *members]
     # In one call: both follow the order of the sites and their layouts.
     torch._foreach_copy_(empty, [tensors[key] for key in keys])
     return built
+
+
+def _lacks_a_user(record: SiteRecord, group: Sequence[Site]) -> bool:
+    """Says whether the model lacks a module that the adapter may have been shared with: a tied head, say.
+
+    Such an adapter has trained rows that the module alone would leave out, as an embedding its padding row; in others
+    these rows are zero, so that nothing is lost by taking them for shared.
+    """
+    return sum(1 + len(site.aliases) for site in group) < 1 + len(record.aliases)

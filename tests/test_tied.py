@@ -288,3 +288,37 @@ def test_a_checkpoint_is_merged_without_untying(tmp_path, tied):
         assert torch.equal(again(tokens).logits, model(tokens).logits)
     else:
         assert torch.equal(found["lm_head.weight"], wanted)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_shared_pair_keeps_its_padding_row_in_a_model_without_the_head(tmp_path, dense):
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=40, pad_token_id=3, tie_word_embeddings=True)
+    whole = LlamaForCausalLM(config).eval()
+    body, plain = copy.deepcopy(whole.model), copy.deepcopy(whole.model)
+    li.inject(whole, ["model.embed_tokens", "lm_head"], rank=16, alpha=32, share_tied=True, dense=dense)
+    fill(whole)
+    p = {key.rpartition(".")[2]: v.detach().double() for key, v in li.adapter_parameters(whole).items()}
+    update = 2 * (p["lora_dense"] if dense else p["lora_B"] @ p["lora_A"])
+    li.load(body, li.export(whole, tmp_path / "a"), strict=False)
+    ids = torch.tensor([[1, 3, 5, 3]])
+    wanted = (plain.embed_tokens.weight.double() + update)[ids]
+    assert update[3].abs().max() > 0.1
+    assert torch.allclose(body.embed_tokens(ids).double(), wanted, atol=1e-5)
+    assert torch.allclose(body(ids)[0], whole.model(ids)[0], atol=1e-6)
+    li.merge(body)
+    assert torch.allclose(body.embed_tokens(ids).double(), wanted, atol=1e-5)
+
+
+def test_an_embedding_under_two_names_keeps_its_padding_row_fixed_under_one(tmp_path):
+    two = nn.ModuleDict({"a": nn.Embedding(6, 4, padding_idx=2)})
+    two["b"] = two["a"]
+    one = nn.ModuleDict({"a": copy.deepcopy(two["a"])})
+    base = one["a"].weight.detach().clone()
+    li.inject(two, "a", rank=2)
+    steps(nn.Sequential(two["a"]), torch.tensor([0, 1, 2, 3]))
+    li.load(one, li.export(two, tmp_path / "a"))
+    steps(nn.Sequential(one["a"]), torch.tensor([0, 1, 2, 3]))
+    found = one["a"](torch.arange(6))
+    assert torch.equal(found[2], base[2]) and not torch.equal(found[1], base[1])
