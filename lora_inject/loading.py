@@ -200,7 +200,7 @@ def _filled(file: Source, sites: Mapping[str, list[Site]]) -> list[Adapter]:
         raise FormatError(f"{file.path}: NaN or infinity in {len(bad)} tensors:\n{listing(bad)}")
     built: list[Adapter] = []
     empty: list[Tensor] = []
-    for group in sites.values():
+    for path, group in sites.items():
         owner, *members = [build(site) for site in group]
         empty += [owner._parameters[key] for key in group[0].layout]  # type: ignore[misc]
         for member in members:
