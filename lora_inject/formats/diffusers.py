@@ -61,7 +61,7 @@ class Diffusers(Format):
         check_convs(bundle, model)
         return bundle
 
-    def write(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
+    def write_sites(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
         return write_tensors(path, *tensors_and_metadata(bundle, model))
 
 

@@ -64,7 +64,7 @@ class Gguf(Format):
         notes = ("tensors of type Q8_0 are read as float32",) if small else ()
         return resolve(Parsed(path=file.path, factors=[*plain, *experts], notes=notes), model)
 
-    def write(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
+    def write_sites(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
         factors, names = matrices_of(bundle, "llama.cpp"), gguf_names(model, bundle.path)
         refuse(bundle.path, "llama.cpp", [line for one in factors if (line := _problem(one, names))])
         factors = [part for one in factors for part in _stacks(one, names)]

@@ -86,7 +86,7 @@ class Kohya(Format):
         )
         return resolve(parsed, model)
 
-    def write(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
+    def write_sites(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
         if bundle.full and model is None:
             raise UnsupportedError(
                 f"{bundle.path}: holds parameters that were trained as a whole, which this format stores as updates of "

@@ -80,7 +80,7 @@ class Mlx(Format):
         factors = [*with_head(plain, model, content.path), *_packed(stacks, model, content.path)]
         return resolve(Parsed(path=content.path, factors=factors), model)
 
-    def write(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
+    def write_sites(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
         factors = without_head(matrices_of(bundle, "mlx-lm"), model, bundle.path)
         factors = [piece for one in factors for piece in _stacks(one, model, bundle.path)]
         scale, rank, factors = uniform(factors)

@@ -41,7 +41,7 @@ class Peft(Format):
     def read(self, content: Content, model: nn.Module | None) -> Source:
         return _identified(resolve(Reading(content, model).parsed(), model), content)
 
-    def write(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
+    def write_sites(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
         config, tensors = folder_of(bundle, model)
         _check_replaceable(path)
 

@@ -130,7 +130,7 @@ class Torchtune(Format):
             parts[stem] = Factors(path=stem, a=a, b=_halves(b, layout.heads(stem), stem), alpha=alpha)
         return resolve(Parsed(path=content.path, factors=_modules(parts, layout, content.path)), model)
 
-    def write(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
+    def write_sites(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
         factors, layout = matrices_of(bundle, "torchtune"), _layout(model, bundle.path)
         unknown = [
             f"{one.site}: torchtune has no LoRA there"
