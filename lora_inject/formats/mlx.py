@@ -101,7 +101,7 @@ class Mlx(Format):
 def _config(factors: Iterable[Factors], settings: Settings) -> dict[str, Any]:
     """Returns an adapter_config.json whose keys are whole paths, which mlx-lm looks for in the whole model."""
     paths = sorted({one.path for one in factors})
-    layers = [int(found[1]) for path in paths if (found := re.search(r"\.(\d+)\.", path))]
+    layers = [int(found[1]) for path in paths if (found := re.search(r"\.(\d{1,9})\.", path))]
     parameters = {"rank": settings.rank, "scale": settings.scale, "dropout": settings.dropout, "keys": paths}
     return {"fine_tune_type": "lora", "num_layers": max(layers, default=0) + 1, "lora_parameters": parameters}
 

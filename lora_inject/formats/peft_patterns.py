@@ -165,4 +165,4 @@ def _in_layers(config: Mapping[str, Any], path: str, where: str) -> bool:
     ]
     found = (checked(expression, pattern, where).match(path) for expression, pattern in expressions)
     number = next((match[1] for match in found if match), None)
-    return number is not None and int(number) in ([layers] if isinstance(layers, int) else layers)
+    return number is not None and len(number) < 20 and int(number) in ([layers] if isinstance(layers, int) else layers)
