@@ -219,6 +219,51 @@ def gguf_with_a_string_of_2_to_the_62(folder: Path) -> Path:
     return path
 
 
+@case
+def a_named_pipe(folder: Path) -> Path:
+    os.mkfifo(folder / "a.safetensors")
+    return folder / "a.safetensors"
+
+
+@case
+def a_device_that_never_ends(folder: Path) -> Path:
+    return Path("/dev/zero")
+
+
+@case
+def a_folder_whose_config_is_a_named_pipe(folder: Path) -> Path:
+    peft(folder)
+    (folder / "adapter_config.json").unlink()
+    os.mkfifo(folder / "adapter_config.json")
+    return folder
+
+
+@case
+def alpha_that_no_float_holds(folder: Path) -> Path:
+    return peft(folder, lora_alpha=10**400)
+
+
+@case
+def alpha_of_one_layer_that_no_float_holds(folder: Path) -> Path:
+    return peft(folder, alpha_pattern={"proj": -(10**400)})
+
+
+@case
+def dropout_that_no_float_holds(folder: Path) -> Path:
+    return peft(folder, lora_dropout=10**400)
+
+
+@case
+def our_own_alpha_that_no_float_holds(folder: Path) -> Path:
+    path = folder / "a.safetensors"
+    path.write_bytes((folder.parent / "warm.safetensors").read_bytes())
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    text = path.read_bytes()[8 : 8 + length]
+    changed = text.replace(rb"\"alpha\": null", rb"\"alpha\": 1" + b"0" * 400)
+    assert changed != text
+    return framed(path, changed, path.read_bytes()[8 + length :])
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()

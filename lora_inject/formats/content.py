@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from ..safefile import Header, parse_json, read_header, read_tensors
+from ..safefile import Header, open_regular, parse_json, read_header, read_tensors
 
 CONFIG = "adapter_config.json"
 CONFIG_LIMIT = 16 * 2**20
@@ -97,13 +97,10 @@ def look(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Content
         FormatError: nothing there, nothing that holds an adapter's tensors, or a file that is broken.
     """
     path = Path(path)
-    file = _tensor_file(path, allow_pickle) if path.is_dir() else path
-    try:
-        with file.open("rb") as opened:
-            magic = opened.read(4)
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from error
-    config = _read_config(file.parent / CONFIG) if path.is_dir() or _goes_with_config(file) else None
+    file = _tensor_file(path, allow_pickle) if os.path.isdir(path) else path
+    with open_regular(file) as opened:
+        magic = opened.read(4)
+    config = _read_config(file.parent / CONFIG) if file is not path or _goes_with_config(file) else None
     if magic == b"GGUF":
         return Content(path, file, magic)
     if file.suffix in PICKLES:

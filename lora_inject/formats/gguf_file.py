@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError, UnsupportedError
+from ..safefile import open_regular
 
 HEADER_LIMIT = 8 * 2**20
 """Largest header of an adapter in bytes that is parsed: it holds no vocabulary."""
@@ -123,7 +124,7 @@ def read_gguf(path: Path) -> GgufFile:
         UnsupportedError: tensors of a type that adapters do not come in.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _parse(_Cursor(file, path))
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from error

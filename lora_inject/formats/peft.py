@@ -43,9 +43,9 @@ class Peft(Format):
 
     def write_sites(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
         config, tensors = folder_of(bundle, model)
-        _check_replaceable(path)
 
         def fill(folder: Path) -> None:
+            _check_replaceable(path)
             write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
             write_tensors(folder / TENSOR_FILES[0], ready(tensors), {"format": "pt"} | _fingerprints(bundle))
 
