@@ -198,8 +198,8 @@ def read_tensors(header: Header, names: Iterable[str]) -> dict[str, Tensor]:
         with header.path.open("rb") as file:
             for run in _runs(wanted):
                 found.update(_read_run(file, header, run))
-    except OSError as error:
-        raise FormatError(f"{header.path}: cannot be read: {error}") from error
+    except (OSError, MemoryError) as error:
+        raise FormatError(f"{header.path}: cannot be read: {error or 'not enough memory'}") from error
     return found
 
 

@@ -7,6 +7,7 @@ process in bytes: python tests/hostile.py FOLDER.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import resource
@@ -262,6 +263,94 @@ def our_own_alpha_that_no_float_holds(folder: Path) -> Path:
     changed = text.replace(rb"\"alpha\": null", rb"\"alpha\": 1" + b"0" * 400)
     assert changed != text
     return framed(path, changed, path.read_bytes()[8 + length :])
+
+
+def sparse(path: Path, **shapes: list[int]) -> Path:
+    """Writes tensors of zeros that take no place on the disk, by names with "__" for the dot."""
+    entries, place = {}, 0
+    for name, shape in shapes.items():
+        end = place + 4 * math.prod(shape)
+        entries[name.replace("__", ".")] = entry(shape, place, end)
+        place = end
+    framed(path, header(**entries))
+    os.truncate(path, path.stat().st_size + place)
+    return path
+
+
+HUGE = 2**26
+
+
+@case
+def peft_with_a_factor_far_larger_than_the_model(folder: Path) -> Path:
+    peft(folder)
+    pair = {"lora_A__weight": [2, HUGE], "lora_B__weight": [6, 2]}
+    prefix = "base_model__model__proj__"
+    sparse(folder / "adapter_model.safetensors", **{prefix + name: shape for name, shape in pair.items()})
+    return folder
+
+
+@case
+def peft_with_many_layers_that_the_model_lacks(folder: Path) -> Path:
+    peft(folder)
+    pair = {"lora_A__weight": [2, 2**19], "lora_B__weight": [6, 2]}
+    names = {f"base_model__model__m{i}__proj__{name}": shape for i in range(64) for name, shape in pair.items()}
+    sparse(folder / "adapter_model.safetensors", **names)
+    return folder
+
+
+@case
+def peft_with_tensors_of_a_rank_of_a_million(folder: Path) -> Path:
+    peft(folder, r=1_000_000)
+    prefix = "base_model__model__proj__"
+    pair = {prefix + "lora_A__weight": [1_000_000, 8], prefix + "lora_B__weight": [6, 1_000_000]}
+    sparse(folder / "adapter_model.safetensors", **pair)
+    return folder
+
+
+@case
+def peft_with_a_whole_module_far_larger_than_the_model(folder: Path) -> Path:
+    peft(folder, modules_to_save=["proj"])
+    sparse(folder / "adapter_model.safetensors", base_model__model__proj__weight=[HUGE, 8])
+    return folder
+
+
+@case
+def kohya_with_a_factor_far_larger_than_the_model(folder: Path) -> Path:
+    pair = {"lora_unet_proj__lora_down__weight": [2, HUGE], "lora_unet_proj__lora_up__weight": [6, 2]}
+    return sparse(folder / "a.safetensors", **pair)
+
+
+@case
+def kohya_with_an_alpha_of_many_numbers(folder: Path) -> Path:
+    pair = {"lora_unet_proj__lora_down__weight": [2, 8], "lora_unet_proj__lora_up__weight": [6, 2]}
+    return sparse(folder / "a.safetensors", **pair, lora_unet_proj__alpha=[HUGE])
+
+
+@case
+def kohya_with_an_update_far_larger_than_the_model(folder: Path) -> Path:
+    return sparse(folder / "a.safetensors", lora_unet_proj__diff=[HUGE, 8])
+
+
+@case
+def kohya_with_a_tucker_core_far_larger_than_the_model(folder: Path) -> Path:
+    parts = {"down": [4000, 8, 1, 1], "mid": [4000, 4000, 3, 3], "up": [6, 4000, 1, 1]}
+    names = {f"lora_unet_proj__lora_{part}__weight": shape for part, shape in parts.items()}
+    return sparse(folder / "a.safetensors", **names)
+
+
+@case
+def diffusers_with_a_factor_far_larger_than_the_model(folder: Path) -> Path:
+    pair = {"unet__proj__lora_A__weight": [2, HUGE], "unet__proj__lora_B__weight": [6, 2]}
+    return sparse(folder / "a.safetensors", **pair)
+
+
+@case
+def mlx_with_a_factor_far_larger_than_the_model(folder: Path) -> Path:
+    parameters = {"rank": 2, "scale": 1.0, "dropout": 0.0}
+    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    sparse(folder / "adapters.safetensors", proj__lora_a=[HUGE, 2], proj__lora_b=[2, 6])
+    return folder
 
 
 class Model(nn.Module):

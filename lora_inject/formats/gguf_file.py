@@ -22,7 +22,7 @@ from ..safefile import open_regular
 HEADER_LIMIT = 8 * 2**20
 """Largest header of an adapter in bytes that is parsed: it holds no vocabulary."""
 COUNT_LIMIT = 1 << 16
-"""Most fields, tensors, or elements of one array that are parsed."""
+"""Most fields, tensors, or elements of all arrays together that are parsed."""
 SIZE_LIMIT = 1 << 40
 """Most elements of a tensor that are believed."""
 ALIGNMENT = 32
@@ -60,7 +60,7 @@ class _Cursor:
     """The header, read from front to back and never beyond the limit."""
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
-        self.file, self.path, self.place = file, path, 0
+        self.file, self.path, self.place, self.elements = file, path, 0, 0
         self.size = os.fstat(file.fileno()).st_size
 
     def take(self, count: int) -> bytes:
@@ -93,6 +93,9 @@ class _Cursor:
 
     def _array(self) -> list[object]:
         kind, count = self.number("I"), self.count("elements of an array")
+        self.elements += count
+        if self.elements > COUNT_LIMIT:
+            raise self.wrong(f"arrays of more than {COUNT_LIMIT} elements: no adapter has as many")
         if kind == STRING:
             return [self.text() for _ in range(count)]
         return self._scalars(kind, count)

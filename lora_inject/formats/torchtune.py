@@ -19,7 +19,7 @@ from .checks import number, whole
 from .content import CONFIG, Content
 from .factors import Factors
 from .format import Format
-from .pairs import Suffixes, paired, rank_of, shapes_of
+from .pairs import Suffixes, paired, rank_of
 from .pieces import cut, joined
 from .refusals import matrices_of, refuse
 from .resolve import Parsed, resolve
@@ -123,7 +123,7 @@ class Torchtune(Format):
         rank, alpha = _scale(content)
         layout = _layout(model, content.path)
         _check_ranks(stems, rank, content)
-        tensors = content.read()
+        tensors = content.read(model)
         parts: dict[str, Factors] = {}
         for stem in stems:
             a, b = tensors[stem + SUFFIXES.a], tensors[stem + SUFFIXES.b]
@@ -150,7 +150,7 @@ class Torchtune(Format):
 
 
 def _check_ranks(stems: Iterable[str], wanted: int, content: Content) -> None:
-    shapes = shapes_of(content)
+    shapes = content.shapes
     for stem in stems:
         rank = rank_of(stem, shapes[stem + SUFFIXES.a], shapes[stem + SUFFIXES.b], content.path)
         if rank != wanted:
