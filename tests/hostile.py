@@ -353,6 +353,28 @@ def mlx_with_a_factor_far_larger_than_the_model(folder: Path) -> Path:
     return folder
 
 
+@case
+def peft_with_a_hundred_thousand_patterns(folder: Path) -> Path:
+    return peft(folder, rank_pattern={f"m{i}": 3 for i in range(100_000)} | {"proj": 4})
+
+
+@case
+def peft_with_a_hundred_thousand_expressions(folder: Path) -> Path:
+    return peft(folder, rank_pattern={f"m{i}|n": 3 for i in range(100_000)})
+
+
+@case
+def gguf_with_arrays_of_empty_strings(folder: Path) -> Path:
+    def number(value: int, size: int) -> bytes:
+        return value.to_bytes(size, "little")
+
+    path = folder / "a.gguf"
+    array = number(9, 4) + number(8, 4) + number(2**16, 8) + bytes(8 * 2**16)
+    fields = b"".join(number(1, 8) + bytes([65 + i]) + array for i in range(15))
+    path.write_bytes(b"GGUF" + number(3, 4) + number(1, 8) + number(15, 8) + fields + bytes(64))
+    return path
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
