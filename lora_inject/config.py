@@ -44,8 +44,8 @@ def check_name(name: object) -> str:
     return name
 
 
-def _number(value: object) -> bool:
-    # Compared, not converted: a whole number may be larger than any float.
+def is_finite(value: object) -> bool:
+    """Says whether a value is a finite number, and one that a float can hold: whole numbers can be larger."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -55,9 +55,9 @@ def _flag(value: object) -> bool:
 
 _CHECKS: dict[str, tuple[Any, str]] = {
     "rank": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1, "a whole number of at least 1"),
-    "alpha": (lambda v: v is None or (_number(v) and v > 0), "a finite number above 0, or None for alpha = rank"),
-    "dropout": (lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
-    "factor": (_number, "a finite number"),
+    "alpha": (lambda v: v is None or (is_finite(v) and v > 0), "a finite number above 0, or None for alpha = rank"),
+    "dropout": (lambda v: is_finite(v) and 0 <= v < 1, "a number in [0, 1)"),
+    "factor": (is_finite, "a finite number"),
     "bias": (_flag, "True or False"),
     "rslora": (_flag, "True or False"),
     "dense": (_flag, "True or False"),

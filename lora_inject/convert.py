@@ -100,7 +100,7 @@ def convert(
         StateError: the target exists.
     """
     writer, place = format_named(FORMATS, to), Path(target)
-    if place.exists() and not overwrite:
+    if os.path.exists(place) and not overwrite:
         raise StateError(f"{place} exists: choose another name, or pass overwrite=True (--overwrite)")
     names = _names(model)
     skeleton = names.model if names is not None else None if model is None else _skeleton(model)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import StateError
-from .host import base_tensor, is_host
+from .host import is_host, unmerged_tensor
 from .quantized import stored_weight
 from .safefile import joined, raw_bytes
 from .tree import INNER, Node, walk
@@ -56,9 +56,9 @@ def fingerprints(places: Iterable[tuple[Node, tuple[str, ...]]]) -> list[dict[st
 
 def _original(node: Node, name: str) -> Tensor:
     module: Any = node.module
-    kept = module._modules[INNER].kept.get(name) if is_host(module) else None
-    found: Tensor = base_tensor(module, name) if kept is None else kept.original(module, name)
-    stored = stored_weight(module) if kept is None and name == "weight" and not found.is_meta else None
+    merged = is_host(module) and name in module._modules[INNER].kept
+    found: Tensor = unmerged_tensor(module, name)
+    stored = stored_weight(module) if not merged and name == "weight" and not found.is_meta else None
     if stored is not None:
         return stored.dequantized()
     if not found.is_meta:

@@ -144,6 +144,16 @@ def base_tensor(module: nn.Module, name: str) -> Any:
     return getattr(module, name, None)
 
 
+def unmerged_tensor(module: nn.Module, name: str) -> Any:
+    """Returns what a parameter is without adapters and without what is merged into it.
+
+    Raises:
+        StateError: it is merged, and the original cannot be had or not be proven.
+    """
+    kept = module.adapters.kept.get(name) if isinstance(module, Host) else None
+    return base_tensor(module, name) if kept is None else kept.original(module, name)
+
+
 def effective(host: Any, name: str) -> Any:
     """Returns W + delta over the live adapters, rounded once to W's dtype; W itself where there are none."""
     base = base_tensor(host, name)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
@@ -96,6 +97,22 @@ def parse_json(text: str | bytes, where: str) -> Any:
         raise FormatError(f"{where}: not valid JSON: {error}") from None
 
 
+def open_regular(path: Path) -> BufferedReader:
+    """Opens a regular file, or a link to one: a pipe or a device could keep its reader waiting for ever.
+
+    Raises:
+        FormatError: there is none, or it cannot be read.
+    """
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+        opened = path.open("rb") if regular else None
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if opened is None:
+        raise FormatError(f"{path}: cannot be read: not a regular file")
+    return opened
+
+
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Returns the checked header of a safetensors file; no tensor is read.
 
@@ -107,7 +124,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8 or length > HEADER_LIMIT:
@@ -181,8 +198,8 @@ def read_tensors(header: Header, names: Iterable[str]) -> dict[str, Tensor]:
         with header.path.open("rb") as file:
             for run in _runs(wanted):
                 found.update(_read_run(file, header, run))
-    except OSError as error:
-        raise FormatError(f"{header.path}: cannot be read: {error}") from error
+    except (OSError, MemoryError) as error:
+        raise FormatError(f"{header.path}: cannot be read: {error or 'not enough memory'}") from error
     return found
 
 
@@ -262,17 +279,36 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
         FormatError: the folder does not exist or the disk does not take the file; an older file stays as it was.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    place, beside = places(path)
     try:
         write(beside)
         _sync(beside)
-        os.replace(beside, path)
-        _sync(path.parent)
+        os.replace(beside, place)
+        _sync(place.parent)
     except (OSError, UnicodeEncodeError) as error:
         raise FormatError(f"{path}: cannot be written: {error}") from error
     finally:
         beside.unlink(missing_ok=True)
     return path
+
+
+def places(path: Path) -> tuple[Path, Path]:
+    """Returns where a path leads to, all links followed, and a name beside that place for what is being written.
+
+    Raises:
+        FormatError: nothing can be written there.
+    """
+    if path.name in ("", ".."):
+        raise FormatError(f"{str(path)!r}: cannot be written: it names no file in a folder")
+    try:
+        place = path.resolve()
+        beside = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
+        beside.lstat()
+    except FileNotFoundError:
+        return place, beside
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FormatError(f"{str(path)!r}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    return place, beside
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -7,6 +7,7 @@ process in bytes: python tests/hostile.py FOLDER.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import resource
@@ -216,6 +217,161 @@ def gguf_with_a_string_of_2_to_the_62(folder: Path) -> Path:
     path = folder / "a.gguf"
     counts = (1).to_bytes(8, "little") * 2
     path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + counts + (2**62).to_bytes(8, "little") + bytes(64))
+    return path
+
+
+@case
+def a_named_pipe(folder: Path) -> Path:
+    os.mkfifo(folder / "a.safetensors")
+    return folder / "a.safetensors"
+
+
+@case
+def a_device_that_never_ends(folder: Path) -> Path:
+    return Path("/dev/zero")
+
+
+@case
+def a_folder_whose_config_is_a_named_pipe(folder: Path) -> Path:
+    peft(folder)
+    (folder / "adapter_config.json").unlink()
+    os.mkfifo(folder / "adapter_config.json")
+    return folder
+
+
+@case
+def alpha_that_no_float_holds(folder: Path) -> Path:
+    return peft(folder, lora_alpha=10**400)
+
+
+@case
+def alpha_of_one_layer_that_no_float_holds(folder: Path) -> Path:
+    return peft(folder, alpha_pattern={"proj": -(10**400)})
+
+
+@case
+def dropout_that_no_float_holds(folder: Path) -> Path:
+    return peft(folder, lora_dropout=10**400)
+
+
+@case
+def our_own_alpha_that_no_float_holds(folder: Path) -> Path:
+    path = folder / "a.safetensors"
+    path.write_bytes((folder.parent / "warm.safetensors").read_bytes())
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    text = path.read_bytes()[8 : 8 + length]
+    changed = text.replace(rb"\"alpha\": null", rb"\"alpha\": 1" + b"0" * 400)
+    assert changed != text
+    return framed(path, changed, path.read_bytes()[8 + length :])
+
+
+def sparse(path: Path, **shapes: list[int]) -> Path:
+    """Writes tensors of zeros that take no place on the disk, by names with "__" for the dot."""
+    entries, place = {}, 0
+    for name, shape in shapes.items():
+        end = place + 4 * math.prod(shape)
+        entries[name.replace("__", ".")] = entry(shape, place, end)
+        place = end
+    framed(path, header(**entries))
+    os.truncate(path, path.stat().st_size + place)
+    return path
+
+
+HUGE = 2**26
+
+
+@case
+def peft_with_a_factor_far_larger_than_the_model(folder: Path) -> Path:
+    peft(folder)
+    pair = {"lora_A__weight": [2, HUGE], "lora_B__weight": [6, 2]}
+    prefix = "base_model__model__proj__"
+    sparse(folder / "adapter_model.safetensors", **{prefix + name: shape for name, shape in pair.items()})
+    return folder
+
+
+@case
+def peft_with_many_layers_that_the_model_lacks(folder: Path) -> Path:
+    peft(folder)
+    pair = {"lora_A__weight": [2, 2**19], "lora_B__weight": [6, 2]}
+    names = {f"base_model__model__m{i}__proj__{name}": shape for i in range(64) for name, shape in pair.items()}
+    sparse(folder / "adapter_model.safetensors", **names)
+    return folder
+
+
+@case
+def peft_with_tensors_of_a_rank_of_a_million(folder: Path) -> Path:
+    peft(folder, r=1_000_000)
+    prefix = "base_model__model__proj__"
+    pair = {prefix + "lora_A__weight": [1_000_000, 8], prefix + "lora_B__weight": [6, 1_000_000]}
+    sparse(folder / "adapter_model.safetensors", **pair)
+    return folder
+
+
+@case
+def peft_with_a_whole_module_far_larger_than_the_model(folder: Path) -> Path:
+    peft(folder, modules_to_save=["proj"])
+    sparse(folder / "adapter_model.safetensors", base_model__model__proj__weight=[HUGE, 8])
+    return folder
+
+
+@case
+def kohya_with_a_factor_far_larger_than_the_model(folder: Path) -> Path:
+    pair = {"lora_unet_proj__lora_down__weight": [2, HUGE], "lora_unet_proj__lora_up__weight": [6, 2]}
+    return sparse(folder / "a.safetensors", **pair)
+
+
+@case
+def kohya_with_an_alpha_of_many_numbers(folder: Path) -> Path:
+    pair = {"lora_unet_proj__lora_down__weight": [2, 8], "lora_unet_proj__lora_up__weight": [6, 2]}
+    return sparse(folder / "a.safetensors", **pair, lora_unet_proj__alpha=[HUGE])
+
+
+@case
+def kohya_with_an_update_far_larger_than_the_model(folder: Path) -> Path:
+    return sparse(folder / "a.safetensors", lora_unet_proj__diff=[HUGE, 8])
+
+
+@case
+def kohya_with_a_tucker_core_far_larger_than_the_model(folder: Path) -> Path:
+    parts = {"down": [4000, 8, 1, 1], "mid": [4000, 4000, 3, 3], "up": [6, 4000, 1, 1]}
+    names = {f"lora_unet_proj__lora_{part}__weight": shape for part, shape in parts.items()}
+    return sparse(folder / "a.safetensors", **names)
+
+
+@case
+def diffusers_with_a_factor_far_larger_than_the_model(folder: Path) -> Path:
+    pair = {"unet__proj__lora_A__weight": [2, HUGE], "unet__proj__lora_B__weight": [6, 2]}
+    return sparse(folder / "a.safetensors", **pair)
+
+
+@case
+def mlx_with_a_factor_far_larger_than_the_model(folder: Path) -> Path:
+    parameters = {"rank": 2, "scale": 1.0, "dropout": 0.0}
+    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    sparse(folder / "adapters.safetensors", proj__lora_a=[HUGE, 2], proj__lora_b=[2, 6])
+    return folder
+
+
+@case
+def peft_with_a_hundred_thousand_patterns(folder: Path) -> Path:
+    return peft(folder, rank_pattern={f"m{i}": 3 for i in range(100_000)} | {"proj": 4})
+
+
+@case
+def peft_with_a_hundred_thousand_expressions(folder: Path) -> Path:
+    return peft(folder, rank_pattern={f"m{i}|n": 3 for i in range(100_000)})
+
+
+@case
+def gguf_with_arrays_of_empty_strings(folder: Path) -> Path:
+    def number(value: int, size: int) -> bytes:
+        return value.to_bytes(size, "little")
+
+    path = folder / "a.gguf"
+    array = number(9, 4) + number(8, 4) + number(2**16, 8) + bytes(8 * 2**16)
+    fields = b"".join(number(1, 8) + bytes([65 + i]) + array for i in range(15))
+    path.write_bytes(b"GGUF" + number(3, 4) + number(1, 8) + number(15, 8) + fields + bytes(64))
     return path
 
 

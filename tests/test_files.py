@@ -396,6 +396,65 @@ def test_a_folder_that_is_not_there(tmp_path):
         li.export(trained(), tmp_path)
 
 
+@pytest.mark.parametrize("format", ["lora_inject", "peft"])
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "file/x", "a" * 250, "a" * 300, "a\0b", "loop", "none/x"])
+def test_paths_that_cannot_be_written_are_errors_that_name_them(name, format, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(li.FormatError, match="cannot be written") as error:
+        li.export(trained(), name, format=format)
+    assert str(name) in str(error.value) or repr(name) in str(error.value)
+    assert sorted(os.listdir(tmp_path)) == ["file", "loop"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["file/x", "a" * 300, "a\0b"])
+def test_converting_and_adding_to_such_paths_name_them_too(name, path, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    (path.parent / "file").write_text("mine")
+    for write in (lambda: li.convert(path, name, "lora_inject"), lambda: li.add([path], name)):
+        with pytest.raises(li.FormatError, match="cannot be written") as error:
+            write()
+        assert str(name) in str(error.value) or repr(name) in str(error.value)
+    assert sorted(os.listdir(path.parent)) == [path.name, "file"]
+
+
+@pytest.mark.parametrize("name", ["", "gone", "file/x", "a" * 300, "a\0b", "loop"])
+def test_paths_that_cannot_be_read_are_errors_that_name_them(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(li.FormatError) as error:
+        li.load(text(), name)
+    assert name in str(error.value)
+
+
+def test_a_link_is_kept_and_what_it_leads_to_is_replaced(path, tmp_path):
+    link, folder = tmp_path / "link.safetensors", tmp_path / "elsewhere"
+    folder.mkdir()
+    target = path.rename(folder / "kept.safetensors")
+    link.symlink_to(target)
+    li.export(trained(bias=True), link)
+    assert link.is_symlink() and not target.is_symlink()
+    assert "up.lora_A_bias" in load_file(target)
+    assert os.listdir(folder) == [target.name] and sorted(os.listdir(tmp_path)) == ["elsewhere", link.name]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_a_folder_is_kept_and_the_folder_is_replaced(there, tmp_path):
+    link, folder = tmp_path / "link", tmp_path / "inner" / "folder"
+    folder.parent.mkdir()
+    link.symlink_to(folder)
+    if there:
+        li.export(trained(), folder, format="peft")
+    li.export(trained(rslora=True), link, format="peft")
+    assert link.is_symlink() and folder.is_dir() and not folder.is_symlink()
+    assert json.loads((folder / "adapter_config.json").read_text())["use_rslora"]
+    assert os.listdir(folder.parent) == ["folder"] and sorted(os.listdir(tmp_path)) == ["inner", "link"]
+    li.load(text(), link)
+
+
 def test_paths_may_be_text_and_the_final_path_comes_back(tmp_path):
     path = li.export(trained(), str(tmp_path / "näme.safetensors"))
     assert path.is_file()

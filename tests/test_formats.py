@@ -244,7 +244,7 @@ def test_what_is_no_adapter_is_refused_and_says_what_it_holds(tmp_path):
     torch.save({"x": torch.ones(2)}, tmp_path / "a.bin")
     with pytest.raises(li.FormatError, match="--allow-pickle"):
         look(tmp_path / "a.bin")
-    assert torch.equal(look(tmp_path / "a.bin", allow_pickle=True).read()["x"], torch.ones(2))
+    assert torch.equal(look(tmp_path / "a.bin", allow_pickle=True).read(None)["x"], torch.ones(2))
 
 
 class Payload:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 import time
@@ -50,6 +52,35 @@ def refused(path: Path, kind, said: str) -> None:
         li.load(target, path)
     assert time.perf_counter() - start < 2
     assert_same(before, target)
+
+
+def test_patterns_mean_what_pefts_own_rule_makes_of_them():
+    keys = [r"a\.q", "x.q", "q", "^b.q", "layers.1.q", r"layers\.2\.q", "l.*3", "-q", "a-b", r"^c\.q", "layers.1.k"]
+    paths = ["q", "a.q", "a_q", "x.q", "xyq", "m.x.q", "m.xyq", "b.q", "m.b.q", "bq", "layers.1.q", "layersx1yq"]
+    paths += ["m.layers.1.q", "mlayers.1.q", "layers_2.q", "m.layers.2.q", "c.q", "m.c.q", "a-b", "x.a-b", "lx3", "k"]
+    paths += ["layers.1.k", "layers.1xk", "", "."]
+    generator = random.Random(0)
+    for _ in range(50):
+        values = {key: n for n, key in enumerate(generator.sample(keys, generator.randint(0, len(keys))))}
+        ours = Patterns(values, "here")
+        for path in paths:
+            first = next((key for key in values if re.match(rf"(.*\.)?({key})$", path)), None)
+            assert ours.of(path, -1) == (-1 if first is None else values[first]), (path, values)
+
+
+@pytest.mark.parametrize("name", ["model.layers.{}.q_proj", r"model\.layers\.{}\.q_proj", "m{}"])
+def test_a_hundred_thousand_plain_patterns_are_looked_up(name):
+    start = time.process_time()
+    ours = Patterns({name.format(n): n for n in range(100_000)}, "here")
+    for n in range(0, 100_000, 1000):
+        assert ours.of(name.replace("\\", "").format(n), -1) == n
+    assert time.process_time() - start < 4
+
+
+def test_names_with_dots_in_every_place_are_refused():
+    names = ["".join("." if number >> place & 1 else "a" for place in range(12)) for number in range(4096)]
+    with pytest.raises(li.FormatError, match="too costly to match"):
+        Patterns(dict.fromkeys(names, 1), "here")
 
 
 def test_a_plain_one_loads(tmp_path):

@@ -23,7 +23,7 @@ def check_out(out: str | os.PathLike[str], overwrite: bool, inputs: Sequence[Pat
         StateError: `out` exists; says whether it is one of the inputs.
     """
     path = Path(out)
-    if overwrite or not path.exists():
+    if overwrite or not os.path.exists(path):
         return
     what = "one of the inputs" if any(one.exists() and path.samefile(one) for one in inputs) else "there already"
     raise StateError(f"{path}: is {what}: choose another file, or allow it by overwrite=True (--overwrite)")

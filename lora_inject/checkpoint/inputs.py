@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 
 from ..adapter import Adapter
 from ..adapter_file import SiteRecord
+from ..config import is_finite
 from ..errors import ConfigError, FormatError, UnsupportedError, listing
 from ..formats import Bundle, Source, read_adapter
 from ..models import build_on_meta
@@ -71,7 +71,7 @@ def read_inputs(
             raise ConfigError(f"{len(weights)} weights for {len(parts)} adapters: give one weight per adapter")
         parts = [(path, weight) for (path, _), weight in zip(parts, weights, strict=True)]
     for path, weight in parts:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if not is_finite(weight):
             raise ConfigError(f"{path}: weight {weight!r} must be a finite number")
     return tuple(Input(read_source(path, base), float(weight)) for path, weight in parts)
 
@@ -104,7 +104,7 @@ def split_weight(entry: str | os.PathLike[str]) -> tuple[Path, float]:
     """Returns path and weight of an adapter written as `path` or `path:weight`; a file of that name comes first."""
     path = Path(entry)
     head, colon, tail = str(entry).rpartition(":")
-    if not isinstance(entry, str) or not colon or path.exists():
+    if not isinstance(entry, str) or not colon or os.path.exists(path):
         return path, 1.0
     try:
         return Path(head), float(tail)

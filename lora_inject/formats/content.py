@@ -7,14 +7,16 @@ import os
 import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import FormatError
-from ..safefile import Header, parse_json, read_header, read_tensors
+from ..safefile import Header, open_regular, parse_json, read_header, read_tensors
+from .sizes import check_sizes
 
 CONFIG = "adapter_config.json"
 CONFIG_LIMIT = 16 * 2**20
@@ -53,13 +55,23 @@ class Content:
         """The metadata of the safetensors file, empty for other files."""
         return {} if self.header is None else self.header.metadata
 
-    def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Returns the named tensors, or all, on the CPU.
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all tensors, from the header where there is one."""
+        entries = self.pickled if self.header is None else self.header.tensors
+        return {name: tuple(entry.shape) for name, entry in entries.items()}
+
+    def read(self, model: nn.Module | None, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Returns the named tensors, or all, on the CPU, after checking that the model could use their sizes.
 
         Raises:
+            MismatchError: tensors larger than any that the model could use.
             FormatError: the file cannot be read any more, or a tensor is no floating-point one or not finite.
         """
-        found = self._raw(self.names if names is None else list(names))
+        shapes = self.shapes
+        wanted = list(shapes) if names is None else list(names)
+        check_sizes({name: shapes[name] for name in wanted}, model, self.file)
+        found = self._raw(wanted)
         for name, tensor in found.items():
             if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
                 raise FormatError(f"{self.file}: {name}: dtype {tensor.dtype} is none of an adapter's tensor")
@@ -74,8 +86,12 @@ class Content:
             FormatError: the file cannot be read any more, or a tensor is no single finite number.
         """
         numbers: dict[str, float] = {}
-        for name, tensor in self._raw(list(names)).items():
-            if tensor.numel() != 1 or tensor.is_complex() or tensor.dtype == torch.bool:
+        shapes, names = self.shapes, list(names)
+        several = next((name for name in names if math.prod(shapes[name]) != 1), None)
+        if several is not None:
+            raise FormatError(f"{self.file}: {several}: shape {shapes[several]}: no number")
+        for name, tensor in self._raw(names).items():
+            if tensor.is_complex() or tensor.dtype == torch.bool:
                 raise FormatError(f"{self.file}: {name}: shape {tuple(tensor.shape)} in {tensor.dtype}: no number")
             numbers[name] = float(tensor.item())
             if not math.isfinite(numbers[name]):
@@ -97,13 +113,10 @@ def look(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Content
         FormatError: nothing there, nothing that holds an adapter's tensors, or a file that is broken.
     """
     path = Path(path)
-    file = _tensor_file(path, allow_pickle) if path.is_dir() else path
-    try:
-        with file.open("rb") as opened:
-            magic = opened.read(4)
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from error
-    config = _read_config(file.parent / CONFIG) if path.is_dir() or _goes_with_config(file) else None
+    file = _tensor_file(path, allow_pickle) if os.path.isdir(path) else path
+    with open_regular(file) as opened:
+        magic = opened.read(4)
+    config = _read_config(file.parent / CONFIG) if file is not path or _goes_with_config(file) else None
     if magic == b"GGUF":
         return Content(path, file, magic)
     if file.suffix in PICKLES:

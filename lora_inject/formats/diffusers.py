@@ -47,7 +47,7 @@ class Diffusers(Format):
         configs = _configs(content)
         modules = _by_module(content)
         alphas = content.numbers(keys[ALPHA] for keys in modules.values() if ALPHA in keys)
-        tensors = content.read(key for keys in modules.values() for what, key in keys.items() if what != ALPHA)
+        tensors = content.read(model, [key for keys in modules.values() for what, key in keys.items() if what != ALPHA])
         spelling = Spelling(model)
         if model is not None and not spelling.parts.several:
             known = {name for node in walk(model) for path in node.paths for name in spelling(path)}
@@ -61,7 +61,7 @@ class Diffusers(Format):
         check_convs(bundle, model)
         return bundle
 
-    def write(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
+    def write_sites(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
         return write_tensors(path, *tensors_and_metadata(bundle, model))
 
 

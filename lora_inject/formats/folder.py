@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import FormatError
+from ..safefile import places
 
 EXCHANGE = 2
 """RENAME_EXCHANGE of Linux' renameat2: two names change places in one step."""
@@ -31,15 +31,15 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> Path:
     Raises:
         FormatError: it cannot be written, or `path` is a file; what was there stays.
     """
-    if path.exists() and not path.is_dir():
+    place, beside = places(path)
+    if place.exists() and not place.is_dir():
         raise FormatError(f"{path}: is a file, and a folder is to be written: name another place")
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         beside.mkdir()
         fill(beside)
         sync(beside)
-        _place(beside, path)
-        sync(path.parent)
+        _place(beside, place)
+        sync(place.parent)
     except OSError as error:
         raise FormatError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:

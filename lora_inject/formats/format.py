@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import ConfigError, FormatError, did_you_mean
 from .bundle import Bundle, Source
 from .content import Content, look
+from .separate import separated
 
 
 class Format(abc.ABC):
@@ -41,9 +42,16 @@ class Format(abc.ABC):
             MismatchError: it does not fit the model.
         """
 
-    @abc.abstractmethod
     def write(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
-        """Writes an adapter, all or nothing, and returns where it is.
+        """Writes an adapter, all or nothing, and returns where it is; arguments and errors are those of `write_sites`.
+
+        A pair that several modules share is written once for each.
+        """
+        return self.write_sites(separated(bundle, model), path, model)
+
+    @abc.abstractmethod
+    def write_sites(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
+        """Writes an adapter whose sites are one module each.
 
         Args:
             bundle: the adapter.

@@ -25,6 +25,7 @@ from .pairs import Suffixes, paired, rank_of
 from .refusals import matrices_of, refuse
 from .resolve import Parsed, resolve
 from .rotary import to_halves, to_pairs
+from .sizes import check_sizes
 from .uniform import common, rescaled
 
 SUFFIXES = Suffixes(".lora_a", ".lora_b", {"_norm.weight": "a norm that was trained as a whole"})
@@ -46,6 +47,7 @@ class Gguf(Format):
         names = gguf_names(model, file.path)
         _check_owner(file, stems, names)
         _check_ranks(file, stems, names)
+        check_sizes({name: entry.shape for name, entry in file.tensors.items()}, model, file.path)
         tensors = read_tensors(file, file.tensors)
         plain: list[Factors] = []
         stacks: dict[str, dict[str, Factors]] = defaultdict(dict)
@@ -64,7 +66,7 @@ class Gguf(Format):
         notes = ("tensors of type Q8_0 are read as float32",) if small else ()
         return resolve(Parsed(path=file.path, factors=[*plain, *experts], notes=notes), model)
 
-    def write(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
+    def write_sites(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
         factors, names = matrices_of(bundle, "llama.cpp"), gguf_names(model, bundle.path)
         refuse(bundle.path, "llama.cpp", [line for one in factors if (line := _problem(one, names))])
         factors = [part for one in factors for part in _stacks(one, names)]

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError, UnsupportedError
+from ..safefile import open_regular
 
 HEADER_LIMIT = 8 * 2**20
 """Largest header of an adapter in bytes that is parsed: it holds no vocabulary."""
 COUNT_LIMIT = 1 << 16
-"""Most fields, tensors, or elements of one array that are parsed."""
+"""Most fields, tensors, or elements of all arrays together that are parsed."""
 SIZE_LIMIT = 1 << 40
 """Most elements of a tensor that are believed."""
 ALIGNMENT = 32
@@ -59,7 +60,7 @@ class _Cursor:
     """The header, read from front to back and never beyond the limit."""
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
-        self.file, self.path, self.place = file, path, 0
+        self.file, self.path, self.place, self.elements = file, path, 0, 0
         self.size = os.fstat(file.fileno()).st_size
 
     def take(self, count: int) -> bytes:
@@ -92,6 +93,9 @@ class _Cursor:
 
     def _array(self) -> list[object]:
         kind, count = self.number("I"), self.count("elements of an array")
+        self.elements += count
+        if self.elements > COUNT_LIMIT:
+            raise self.wrong(f"arrays of more than {COUNT_LIMIT} elements: no adapter has as many")
         if kind == STRING:
             return [self.text() for _ in range(count)]
         return self._scalars(kind, count)
@@ -123,7 +127,7 @@ def read_gguf(path: Path) -> GgufFile:
         UnsupportedError: tensors of a type that adapters do not come in.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _parse(_Cursor(file, path))
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -61,7 +61,7 @@ class Kohya(Format):
             )
         modules = _by_module(content)
         numbers = content.numbers(keys[ALPHA] for keys in modules.values() if ALPHA in keys)
-        tensors = content.read(key for keys in modules.values() for what, key in keys.items() if what != ALPHA)
+        tensors = content.read(model, [key for keys in modules.values() for what, key in keys.items() if what != ALPHA])
         pairs = {module: keys for module, keys in modules.items() if DOWN in keys}
         spelling = Spelling(model)
         hosts = {name: node.module for node in walk(model) for path in node.paths for name in spelling(path)}
@@ -86,7 +86,7 @@ class Kohya(Format):
         )
         return resolve(parsed, model)
 
-    def write(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
+    def write_sites(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
         if bundle.full and model is None:
             raise UnsupportedError(
                 f"{bundle.path}: holds parameters that were trained as a whole, which this format stores as updates of "

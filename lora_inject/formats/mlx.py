@@ -22,7 +22,7 @@ from .factors import Factors, alpha_for
 from .folder import write_folder, write_text
 from .format import Format
 from .mlx_ends import EMBEDDINGS, with_head, without_head
-from .pairs import Suffixes, paired, rank_of, shapes_of
+from .pairs import Suffixes, paired, rank_of
 from .refusals import matrices_of, refuse
 from .resolve import Parsed, resolve
 from .text_model import TextModel, text_model
@@ -68,7 +68,7 @@ class Mlx(Format):
         settings = _settings(content)
         stems = paired(content.names, SUFFIXES, content.path)
         stacked = {stem for stem in stems if _is_stack(stem, content, settings)}
-        tensors = content.read()
+        tensors = content.read(model)
         plain: list[Factors] = []
         stacks: dict[str, Factors] = {}
         for stem in stems:
@@ -80,7 +80,7 @@ class Mlx(Format):
         factors = [*with_head(plain, model, content.path), *_packed(stacks, model, content.path)]
         return resolve(Parsed(path=content.path, factors=factors), model)
 
-    def write(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
+    def write_sites(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
         factors = without_head(matrices_of(bundle, "mlx-lm"), model, bundle.path)
         factors = [piece for one in factors for piece in _stacks(one, model, bundle.path)]
         scale, rank, factors = uniform(factors)
@@ -101,7 +101,7 @@ class Mlx(Format):
 def _config(factors: Iterable[Factors], settings: Settings) -> dict[str, Any]:
     """Returns an adapter_config.json whose keys are whole paths, which mlx-lm looks for in the whole model."""
     paths = sorted({one.path for one in factors})
-    layers = [int(found[1]) for path in paths if (found := re.search(r"\.(\d+)\.", path))]
+    layers = [int(found[1]) for path in paths if (found := re.search(r"\.(\d{1,9})\.", path))]
     parameters = {"rank": settings.rank, "scale": settings.scale, "dropout": settings.dropout, "keys": paths}
     return {"fine_tune_type": "lora", "num_layers": max(layers, default=0) + 1, "lora_parameters": parameters}
 
@@ -128,7 +128,7 @@ def _settings(content: Content) -> Settings:
 
 def _is_stack(stem: str, content: Content, settings: Settings) -> bool:
     """Says whether a pair is one of stacks, (E, rank, in) and (E, out, rank), after checking its shapes."""
-    shapes = shapes_of(content)
+    shapes = content.shapes
     a, b = shapes[stem + SUFFIXES.a], shapes[stem + SUFFIXES.b]
     stacked = len(a) == 3
     rank = rank_of(stem, a, b, content.path, inner=(-2, -1) if stacked else (-1, -2), axes=3 if stacked else 2)

@@ -28,6 +28,9 @@ class LoraInject(Format):
         return read_adapter_file(content.header)
 
     def write(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
+        return self.write_sites(bundle, path, model)
+
+    def write_sites(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
         if bundle.full and model is None:
             raise UnsupportedError(
                 f"{bundle.path}: holds parameters that were trained as a whole, which this format stores as updates of "

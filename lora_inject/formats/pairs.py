@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from ..errors import FormatError, UnsupportedError, listing
 from .checks import RANK_LIMIT
-from .content import Content
 
 Shape = tuple[int, ...]
 
@@ -78,9 +77,3 @@ def rank_of(stem: str, a: Shape, b: Shape, where: object, *, inner: tuple[int, i
     if ranks[0] != ranks[1] or ranks[0] > RANK_LIMIT:
         raise FormatError(f"{where}: {stem}: {a} and {b} do not share a rank, or one beyond {RANK_LIMIT}")
     return ranks[0]
-
-
-def shapes_of(content: Content) -> dict[str, Shape]:
-    """Returns the shapes of all tensors, from the header where there is one."""
-    entries = content.pickled if content.header is None else content.header.tensors
-    return {name: tuple(entry.shape) for name, entry in entries.items()}

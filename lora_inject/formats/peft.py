@@ -41,11 +41,11 @@ class Peft(Format):
     def read(self, content: Content, model: nn.Module | None) -> Source:
         return _identified(resolve(Reading(content, model).parsed(), model), content)
 
-    def write(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
+    def write_sites(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
         config, tensors = folder_of(bundle, model)
-        _check_replaceable(path)
 
         def fill(folder: Path) -> None:
+            _check_replaceable(path)
             write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
             write_tensors(folder / TENSOR_FILES[0], ready(tensors), {"format": "pt"} | _fingerprints(bundle))
 

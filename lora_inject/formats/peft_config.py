@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import is_finite
 from ..errors import FormatError, UnsupportedError
 from .peft_experts import Version
 from .peft_patterns import Patterns
@@ -42,10 +42,6 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of `init_lora_weights` after which PEFT subtracts the initial pair from the base, also when loading."""
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
@@ -66,10 +62,10 @@ _FLAG: tuple[Callable[[object], bool], str] = (lambda value: isinstance(value, b
 _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "peft_type": (lambda value: isinstance(value, str), "a string"),
     "r": (_size, "a whole number of at least 1"),
-    "lora_alpha": (_number, "a number"),
-    "lora_dropout": (lambda value: _number(value) and 0 <= value < 1, "a number in [0, 1)"),  # type: ignore[operator]
+    "lora_alpha": (is_finite, "a number"),
+    "lora_dropout": (lambda value: is_finite(value) and 0 <= value < 1, "a number in [0, 1)"),  # type: ignore[operator]
     "rank_pattern": (_by_pattern(_size), "an object of whole numbers by pattern"),
-    "alpha_pattern": (_by_pattern(_number), "an object of numbers by pattern"),
+    "alpha_pattern": (_by_pattern(is_finite), "an object of numbers by pattern"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
     "target_modules": (lambda value: isinstance(value, str) or _names(value), "a string or a list of strings"),
     "exclude_modules": (lambda value: isinstance(value, str) or _names(value), "a string or a list of strings"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError, listing
-from ..host import base_tensor
+from ..host import unmerged_tensor
 from ..tree import walk
 from .peft_layouts import Modules, Piece
 
@@ -117,7 +117,7 @@ def _module(path: str, full: Mapping[str, Tensor], modules: Modules) -> dict[str
 
 
 def _stored(module: nn.Module, name: str, key: str) -> Tensor | None:
-    tensor = base_tensor(module, name)
+    tensor = unmerged_tensor(module, name)
     if tensor is None:
         return None
     if tensor.is_meta:

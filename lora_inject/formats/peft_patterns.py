@@ -11,8 +11,14 @@ from ..errors import FormatError
 
 T = TypeVar("T")
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?:|\(\?|.", re.DOTALL)
+_LETTER = re.compile(r"\\[.-]|[\w.-]", re.ASCII)
+_NAME = re.compile(rf"(?:{_LETTER.pattern})+", re.ASCII)
 _PATIENCE = 0.5
 """Seconds that matching the patterns of one config may take."""
+_MOST = 4000
+"""How many expressions one config may have beside names: no program writes as many, and each is compiled."""
+_KINDS = 256
+"""How many ways of having dots names of one length may have."""
 _STEPS = 10**6
 """How many ways of matching a name a pattern may have, by a coarse count."""
 
@@ -25,16 +31,17 @@ class Patterns(Generic[T]):
     """
 
     def __init__(self, values: Mapping[str, T], where: str) -> None:
-        self._values = dict(values)
         self._where = where
         # Patterns for one path each, as they are written here, are looked up: an adapter may have thousands.
-        single = [re.sub(r"\\(.)", r"\1", key[1:]) for key in values]
-        self._single = {
-            path: n for n, (path, key) in enumerate(zip(single, values, strict=True)) if anchored(path) == key
-        }
-        singles = set(self._single.values())
-        rest = [(n, key) for n, key in enumerate(values) if n not in singles]
-        self._compiled = [(n, checked(rf"(.*\.)?({key})$", key, where), key) for n, key in rest]
+        single = {n: re.sub(r"\\(.)", r"\1", key[1:]) for n, key in enumerate(values) if key.startswith("^")}
+        self._values, keys = list(values.values()), list(values)
+        self._single = {path: n for n, path in single.items() if anchored(path) == keys[n]}
+        known = set(self._single.values())
+        self._names = _Names({key: n for n, key in enumerate(values) if n not in known and _NAME.fullmatch(key)})
+        rest = [(n, key) for n, key in enumerate(values) if n not in known and not _NAME.fullmatch(key)]
+        if len(rest) > _MOST or self._names.kinds > _KINDS:
+            raise FormatError(f"{where}: {len(rest)} patterns and {len(values) - len(rest)} names: too costly to match")
+        self._compiled = [(n, checked(rf"(.*\.)?({key})$", key, where)) for n, key in rest]
         self._spent = 0.0
 
     def __len__(self) -> int:
@@ -47,16 +54,47 @@ class Patterns(Generic[T]):
             FormatError: the patterns take too long to match.
         """
         start = time.monotonic()
-        found = self._single.get(path, len(self))
-        for position, pattern, key in self._compiled:
+        found = min(self._single.get(path, len(self)), self._names.first(path, len(self)))
+        for position, pattern in self._compiled:
             if position > found:
                 break
             if pattern.match(path):
-                return self._values[key]
-            if self._spent + time.monotonic() - start > _PATIENCE + len(self) * 1e-3:
+                return self._values[position]
+            if self._spent + time.monotonic() - start > _PATIENCE + len(self._compiled) * 1e-3:
                 raise FormatError(f"{self._where}: its patterns take too long to match: write them as plain paths")
         self._spent += time.monotonic() - start
-        return self._values[anchored(path)] if path in self._single else default
+        return self._values[found] if found < len(self) else default
+
+
+class _Names:
+    """Patterns that are names, looked up instead of matched: an adapter may have as many as layers.
+
+    A dot without a backslash stands for any letter: names are grouped by their length and the places of such dots.
+    """
+
+    def __init__(self, positions: Mapping[str, int]) -> None:
+        self._groups: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
+        for key, position in positions.items():
+            letters = _LETTER.findall(key)
+            dots = tuple(place for place, letter in enumerate(letters) if letter == ".")
+            name = "".join(letter[-1] for letter in letters)
+            self._groups.setdefault(len(name), {}).setdefault(dots, {}).setdefault(name, position)
+
+    @property
+    def kinds(self) -> int:
+        """How many groups of names of one length a look-up goes through at most."""
+        return max(map(len, self._groups.values()), default=0)
+
+    def first(self, path: str, default: int) -> int:
+        """Returns the least position of the names that a path is, or ends with behind a dot."""
+        found = default
+        for end in (path, *(path[place + 1 :] for place, letter in enumerate(path) if letter == ".")):
+            for dots, names in self._groups.get(len(end), {}).items():
+                letters = list(end)
+                for place in dots:
+                    letters[place] = "."
+                found = min(found, names.get("".join(letters), default))
+        return found
 
 
 def checked(expression: str, pattern: str, where: str) -> re.Pattern[str]:
@@ -165,4 +203,4 @@ def _in_layers(config: Mapping[str, Any], path: str, where: str) -> bool:
     ]
     found = (checked(expression, pattern, where).match(path) for expression, pattern in expressions)
     number = next((match[1] for match in found if match), None)
-    return number is not None and int(number) in ([layers] if isinstance(layers, int) else layers)
+    return number is not None and len(number) < 20 and int(number) in ([layers] if isinstance(layers, int) else layers)

@@ -40,7 +40,7 @@ class Reading:
             raise FormatError(f"{file}: missing: without it nobody knows alpha: put it beside {content.file.name}")
         self.config: PeftConfig = parse_config(content.config, file)
         self.keys: Keys = sort_keys(content.names, content.file)
-        self.tensors: dict[str, Tensor] = content.read()
+        self.tensors: dict[str, Tensor] = content.read(model)
         self.modules = {path: node.module for node in walk(model) for path in node.paths} if model is not None else None
         found = None if self.modules is None else aligned(list(self.keys.levels), self.modules)
         self._place: Callable[[str], str] = found[0] if found else str

@@ -21,6 +21,7 @@ from .orient import outward
 from .peft_layouts import padded
 from .peft_patterns import last
 from .resolve import Parsed, resolve
+from .separate import separated
 from .trained import KIND
 
 KINDS = ("linear", "transposed_linear")
@@ -66,6 +67,7 @@ class Serve:
                 f"{bundle.path}: servers drop a kind of layer of which some have no adapter, and only the model tells "
                 "which those are: give one (--model DIR)"
             )
+        bundle = separated(bundle, model)
         factors = _served(bundle)
         rank = self._rank(factors)
         whole = [padded(_folded(one), rank) for one in factors]

@@ -19,7 +19,7 @@ from .checks import number, whole
 from .content import CONFIG, Content
 from .factors import Factors
 from .format import Format
-from .pairs import Suffixes, paired, rank_of, shapes_of
+from .pairs import Suffixes, paired, rank_of
 from .pieces import cut, joined
 from .refusals import matrices_of, refuse
 from .resolve import Parsed, resolve
@@ -123,14 +123,14 @@ class Torchtune(Format):
         rank, alpha = _scale(content)
         layout = _layout(model, content.path)
         _check_ranks(stems, rank, content)
-        tensors = content.read()
+        tensors = content.read(model)
         parts: dict[str, Factors] = {}
         for stem in stems:
             a, b = tensors[stem + SUFFIXES.a], tensors[stem + SUFFIXES.b]
             parts[stem] = Factors(path=stem, a=a, b=_halves(b, layout.heads(stem), stem), alpha=alpha)
         return resolve(Parsed(path=content.path, factors=_modules(parts, layout, content.path)), model)
 
-    def write(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
+    def write_sites(self, bundle: Bundle, path: Path, model: nn.Module | None) -> Path:
         factors, layout = matrices_of(bundle, "torchtune"), _layout(model, bundle.path)
         unknown = [
             f"{one.site}: torchtune has no LoRA there"
@@ -150,7 +150,7 @@ class Torchtune(Format):
 
 
 def _check_ranks(stems: Iterable[str], wanted: int, content: Content) -> None:
-    shapes = shapes_of(content)
+    shapes = content.shapes
     for stem in stems:
         rank = rank_of(stem, shapes[stem + SUFFIXES.a], shapes[stem + SUFFIXES.b], content.path)
         if rank != wanted:

@@ -12,7 +12,7 @@ from ..adapter import wide
 from ..adapter_file import SiteRecord
 from ..config import SiteConfig
 from ..errors import MismatchError, UnsupportedError, listing
-from ..host import base_tensor
+from ..host import unmerged_tensor
 from ..tree import walk
 from .bundle import Bundle, described
 
@@ -69,13 +69,13 @@ def as_values(bundle: Bundle, model: nn.Module | None) -> Bundle:
 
 
 def _weights(bundle: Bundle, model: nn.Module) -> dict[str, Tensor]:
-    """Returns the base's parameters that the trained values replace, on the CPU."""
+    """Returns the base's parameters that the trained values replace, without merged updates, on the CPU."""
     nodes = {path: node for node in walk(model) for path in node.paths}
     found: dict[str, Tensor] = {}
     wrong: list[str] = []
     for path, value in bundle.full.items():
         owner, _, name = path.rpartition(".")
-        weight: Any = base_tensor(nodes[owner].module, name) if owner in nodes else None
+        weight: Any = unmerged_tensor(nodes[owner].module, name) if owner in nodes else None
         if weight is None:
             wrong.append(f"{path}: the model has no such parameter")
         elif tuple(weight.shape) != tuple(value.shape):
