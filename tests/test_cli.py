@@ -538,11 +538,23 @@ def test_help_imports_none_of_the_heavy_packages():
     assert not {"transformers", "pydantic", "yaml"} & set(done.stderr.split())
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes to know when the command is at work")
-def test_ctrl_c_ends_with_130_and_no_traceback(tmp_path):
-    os.mkfifo(pipe := tmp_path / "adapter.safetensors")
-    process = entry_point("inspect", pipe)
-    with pipe.open("wb"):
+BUSY = """
+import runpy, sys, time, lora_inject.inspection
+def at_work(*_, **__):
+    print("at work", flush=True)
+    time.sleep(60)
+lora_inject.inspection.inspect_adapter = at_work
+sys.argv = ["lora-inject", "inspect", "adapter.safetensors"]
+runpy.run_module("lora_inject", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_ctrl_c_ends_with_130_and_no_traceback():
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", BUSY], env=env, text=True, **pipes) as process:
+        assert process.stdout.readline() == "at work\n"
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
     assert (process.returncode, out, err) == (130, "", "")
