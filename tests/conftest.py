@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
@@ -27,3 +29,10 @@ def clean_registry():
 def small_blocks(monkeypatch):
     """Lets a merge cut small weights into several blocks too."""
     monkeypatch.setattr(blocks, "BLOCK", 600)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """Lets SIGINT interrupt, as tests of Ctrl-C need: a shell that runs its job in the background has it ignored."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
