@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,12 +24,12 @@ class Reader:
         self.base, self.stack = base, stack
         self.open: dict[Path, int] = {}
 
-    def element(self, piece: Piece, row: int, column: int, columns: int) -> bytes:
-        """Returns the bytes of one element of the parameter that the piece is a part of."""
+    def elements(self, piece: Piece, columns: int) -> Callable[[int], bytes]:
+        """Returns what reads one element of the parameter that the piece is a part of, by its place there."""
         place = self.base.tensors[piece.key]
-        size = place.entry.dtype.itemsize
-        at = (piece.row + row - piece.start) * columns + column
-        return os.pread(self._file(place), size, place.offset + at * size)
+        number, size = self._file(place), place.entry.dtype.itemsize
+        start = place.offset + (piece.row - piece.start) * columns * size
+        return lambda position: os.pread(number, size, start + position * size)
 
     def read(self, place: Place, at: int, size: int) -> bytes:
         """Returns `size` bytes from the position `at` of the file that a tensor lies in.
@@ -102,13 +102,17 @@ def weight_fingerprint(
     columns = max(1, torch.Size(shape[axes:]).numel())
     held = (names.pieces(other, axes) for other in names.shared(path))
     pieces = next((found for found in held if found), ())
-    picked = []
+    picked: list[bytes] = []
+    last, read = None, None
     for position in sample_index(torch.Size(shape).numel()).tolist():
-        row, column = divmod(position, columns)
-        piece = next((piece for piece in pieces if piece.start <= row < piece.stop), None)
-        if piece is None:
-            return None
-        picked.append(reader.element(piece, row, column, columns))
+        row = position // columns
+        if last is None or not last.start <= row < last.stop:
+            last = next((piece for piece in pieces if piece.start <= row < piece.stop), None)
+            if last is None:
+                return None
+            read = reader.elements(last, columns)
+        assert read is not None
+        picked.append(read(position))
     if not picked:
         return {"shape": shape, "hash": hashlib.blake2b(digest_size=8).hexdigest()}
     dtype = reader.base.tensors[pieces[0].key].entry.dtype
