@@ -29,7 +29,7 @@ FLOORS = [
     {"surgery", "switches", "verify", "state"},
     {"loading", "diffusion_models"},
     {"checkpoint.*"},
-    {"convert", "report.*", "algebra.*"},
+    {"conversion", "report.*", "algebra.*"},
     {"inspection"},
     {""},
     {"cli.*"},
@@ -39,6 +39,8 @@ FLOORS = [
 each other as long as there is no cycle, "" is the package itself."""
 LATE = {"recipe": {"recipe_file"}}
 """Imports inside functions, of what only few users need, that go up; each is a decision."""
+ON_DEMAND = ("algebra", "check", "checkpoint", "conversion", "formats", "loading", "report", "state")
+"""What works on files, and takes longer to import than the rest together."""
 HEAVY = (
     "transformers",
     "pydantic",
@@ -128,15 +130,35 @@ def test_the_table_names_no_file_twice():
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("statement", ["import lora_inject", "from lora_inject import *"])
-def test_importing_the_package_imports_nothing_heavy(statement):
+def imported_by(statement: str) -> set[str]:
+    """Returns the modules that a statement imports beyond torch, in a process of its own."""
     code = f"import torch, sys; before = set(sys.modules); {statement}; print(*sorted(set(sys.modules) - before))"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, timeout=120
     )
-    loaded = {module.split(".")[0] for module in run.stdout.split()}
+    return set(run.stdout.split())
+
+
+@pytest.mark.parametrize("statement", ["import lora_inject", "from lora_inject import *"])
+def test_importing_the_package_imports_nothing_heavy(statement):
+    loaded = {module.split(".")[0] for module in imported_by(statement)}
     assert "lora_inject" in loaded
     assert loaded.isdisjoint(HEAVY)
+
+
+def test_what_works_on_files_is_imported_on_demand():
+    at_first = imported_by("import lora_inject as li; li.inject, li.merge, li.verify")
+    assert "lora_inject.surgery" in at_first
+    assert at_first.isdisjoint(f"lora_inject.{name}" for name in ON_DEMAND)
+    assert {"lora_inject.state", "lora_inject.formats"} <= imported_by("import lora_inject as li; li.export")
+
+
+def test_every_public_name_is_there_whenever_it_is_imported():
+    assert set(lora_inject.__all__) <= set(dir(lora_inject))
+    for name in lora_inject.__all__:
+        assert getattr(lora_inject, name) is getattr(lora_inject, name)
+    with pytest.raises(AttributeError, match="no attribute 'injekt'"):
+        _ = lora_inject.injekt
 
 
 def test_transformers_is_not_needed_to_serve_its_conv1d():

@@ -32,7 +32,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write an adapter in another program's format; what that cannot hold is an error."""
-    from ..convert import convert as run
+    from ..conversion import convert as run
 
     show(
         run(
