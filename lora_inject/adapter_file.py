@@ -18,6 +18,7 @@ from .version import VERSION
 
 FORMAT = "lora_inject"
 FORMAT_VERSION = 1
+_quoted = json.encoder.encode_basestring_ascii
 _SITE_KEYS = frozenset(("path", "aliases", "adapter", "options", *SITE_OPTIONS))
 _ADDED = {"train_a": True}
 """Options that files of this version did not have at first, and what a file without one means."""
@@ -100,24 +101,27 @@ class AdapterFile:
 def metadata(name: str, records: Sequence[SiteRecord]) -> dict[str, str]:
     """Returns the metadata of a file that holds these sites."""
     configs = {id(record.config): record.config for record in records}
-    options = {key: _write_options(config) for key, config in configs.items()}
-    adapter = {"name": name, "sites": [_write_site(record, options[id(record.config)]) for record in records]}
+    options = {key: json.dumps(_options_of(config))[1:-1] for key, config in configs.items()}
+    sites = ", ".join([_written_site(record, options[id(record.config)]) for record in records])
     base = {"sites": {record.path: dict(record.base) for record in records}}
     return {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "lora_inject_version": VERSION,
-        "adapter": json.dumps(adapter),
+        "adapter": f'{{"name": {_quoted(name)}, "sites": [{sites}]}}',
         "base": json.dumps(base),
     }
 
 
-def _write_site(record: SiteRecord, options: Mapping[str, Any]) -> dict[str, Any]:
-    where = {"path": record.path, "aliases": list(record.aliases), "adapter": record.kind}
-    return {**where, **options, "options": dict(record.extras)}
+def _written_site(record: SiteRecord, options: str) -> str:
+    """Returns a site as JSON; thousands of them share their options, which are given written."""
+    aliases = json.dumps(record.aliases) if record.aliases else "[]"
+    extras = json.dumps(dict(record.extras)) if record.extras else "{}"
+    where = f'"path": {_quoted(record.path)}, "aliases": {aliases}, "adapter": {_quoted(record.kind)}'
+    return f'{{{where}, {options}, "options": {extras}}}'
 
 
-def _write_options(config: SiteConfig) -> dict[str, Any]:
+def _options_of(config: SiteConfig) -> dict[str, Any]:
     options = {option: getattr(config, option) for option in SITE_OPTIONS}
     return options | {"dtype": dtype_name(options["dtype"])}
 

@@ -57,6 +57,9 @@ def fingerprints(places: Iterable[tuple[Node, tuple[str, ...]]]) -> list[dict[st
 def _original(node: Node, name: str) -> Tensor:
     module: Any = node.module
     merged = is_host(module) and name in module._modules[INNER].kept
+    plain = module._parameters.get(name)
+    if type(plain) is nn.Parameter and not merged and not plain.is_meta:
+        return plain
     found: Tensor = unmerged_tensor(module, name)
     stored = stored_weight(module) if not merged and name == "weight" and not found.is_meta else None
     if stored is not None:
