@@ -239,11 +239,13 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 def _batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Yields tensors that follow each other and have one dtype and device, as many as are worth one look."""
     batch: list[Tensor] = []
-    size = 0
+    size, kind = 0, None
     for tensor in tensors:
-        if batch and (tensor.dtype != batch[0].dtype or tensor.device != batch[0].device or size > RUN):
-            yield batch
-            batch, size = [], 0
+        found = tensor.dtype, tensor.device
+        if found != kind or size > RUN:
+            if batch:
+                yield batch
+            batch, size, kind = [], 0, found
         batch.append(tensor)
         size += tensor.nbytes
     if batch:
@@ -318,8 +320,9 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     header = _written_header(order, metadata)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for batch in _batches(tensor.detach() for _, tensor in order):
-            file.write(raw_bytes(joined(batch)))
+        with torch.no_grad():
+            for batch in _batches(tensor for _, tensor in order):
+                file.write(raw_bytes(joined(batch)))
 
 
 def _written_header(order: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
