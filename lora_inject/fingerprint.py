@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .errors import StateError
 from .host import is_host, unmerged_tensor
 from .quantized import stored_weight
-from .safefile import joined, raw_bytes
+from .safefile import joined
+from .safewrite import raw_bytes
 from .tree import INNER, Node, walk
 
 SAMPLE = 64

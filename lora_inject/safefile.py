@@ -1,4 +1,4 @@
-"""Safetensors files: a strict look at the header before anything is read, and writing that is all or nothing."""
+"""Reading safetensors files: a strict look at the header before any tensor."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -46,8 +45,6 @@ DTYPES: dict[str, torch.dtype] = {
     "U64": torch.uint64,
     "C64": torch.complex64,
 }
-_quoted = json.encoder.encode_basestring
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _SIZES = 2**63
 
@@ -233,10 +230,10 @@ def _read_run(file: BufferedReader, header: Header, run: list[tuple[Entry, str]]
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Says whether no tensor holds a NaN or an infinity; looks at many small ones at once."""
-    return all(bool(torch.isfinite(joined(batch)).all()) for batch in _batches(tensors))
+    return all(bool(torch.isfinite(joined(batch)).all()) for batch in batches(tensors))
 
 
-def _batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Yields tensors that follow each other and have one dtype and device, as many as are worth one look."""
     batch: list[Tensor] = []
     size, kind = 0, None
@@ -264,96 +261,3 @@ def stamp(path: Path, head: int) -> bytes:
         state = os.fstat(file.fileno())
         content = hashlib.blake2b(file.read(head)).digest()
     return content + f"{path.name}:{state.st_size}:{state.st_mtime_ns}".encode("utf-8", "surrogatepass")
-
-
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Writes a safetensors file under a temporary name beside `path`, syncs it to disk, and renames it.
-
-    Raises:
-        FormatError: the folder does not exist or the disk does not take the file; an older file stays as it was.
-    """
-    return write_whole(path, lambda beside: _write(beside, tensors, metadata))
-
-
-def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
-    """Lets `write` fill a temporary file beside `path`, syncs it to disk, and renames it.
-
-    Raises:
-        FormatError: the folder does not exist or the disk does not take the file; an older file stays as it was.
-    """
-    path = Path(path)
-    place, beside = places(path)
-    try:
-        write(beside)
-        _sync(beside)
-        os.replace(beside, place)
-        _sync(place.parent)
-    except (OSError, UnicodeEncodeError) as error:
-        raise FormatError(f"{path}: cannot be written: {error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
-
-
-def places(path: Path) -> tuple[Path, Path]:
-    """Returns where a path leads to, all links followed, and a name beside that place for what is being written.
-
-    Raises:
-        FormatError: nothing can be written there.
-    """
-    if path.name in ("", ".."):
-        raise FormatError(f"{str(path)!r}: cannot be written: it names no file in a folder")
-    try:
-        place = path.resolve()
-        beside = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
-        beside.lstat()
-    except FileNotFoundError:
-        return place, beside
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FormatError(f"{str(path)!r}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
-    return place, beside
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    # Wide elements first, so that none lies across its own size in the file; the sort is stable.
-    order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    header = _written_header(order, metadata)
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        with torch.no_grad():
-            for batch in _batches(tensor for _, tensor in order):
-                file.write(raw_bytes(joined(batch)))
-
-
-def _written_header(order: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
-    # Entry by entry: for thousands of small tensors, a dict to write would take longer than writing it.
-    entries = [f'"__metadata__":{json.dumps(dict(metadata), ensure_ascii=False)}']
-    position = 0
-    for name, tensor in order:
-        end = position + tensor.nbytes
-        shape = ",".join(map(str, tensor.shape))
-        entries.append(
-            f'{_quoted(name)}:{{"dtype":"{_NAMES[tensor.dtype]}","shape":[{shape}],"data_offsets":[{position},{end}]}}'
-        )
-        position = end
-    raw = f"{{{','.join(entries)}}}".encode()
-    raw += b" " * (-len(raw) % 8)
-    if len(raw) > HEADER_LIMIT:
-        raise OSError(f"its header would have {len(raw)} bytes, and {HEADER_LIMIT} is what readers take")
-    return raw
-
-
-def raw_bytes(tensor: Tensor) -> bytearray:
-    """Returns a copy of what a tensor's elements are in memory, on whatever device."""
-    raw = bytearray(tensor.nbytes)
-    if raw:
-        torch.frombuffer(raw, dtype=tensor.dtype).copy_(tensor.reshape(-1))
-    return raw
-
-
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

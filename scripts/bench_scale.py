@@ -1,8 +1,8 @@
 """Thousands of small linear layers, as in a mixture of experts: what one call costs per module, beside PEFT.
 
-`python scripts/bench_scale.py` takes 11,580 modules for both, which keeps PEFT busy for five minutes, since its time per
-module grows with their number; `--peft-modules 1500` is quicker and favours it. Times are those of the process, not of
-the clock.
+`python scripts/bench_scale.py` takes 11,580 modules for both, which keeps PEFT busy for five minutes, since its time
+per module grows with their number; `--peft-modules 1500` is quicker and favours it. Times are those of the process,
+not of the clock.
 """
 
 from __future__ import annotations

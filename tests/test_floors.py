@@ -17,7 +17,7 @@ FLOORS = [
     {"version", "errors", "tree", "tables", "commit", "recipe_yaml", "fused", "bulk", "report.spectra"},
     {"quantized"},
     {"config", "safefile", "keeping", "verdicts", "inspected", "models", "model_inputs", "offload"},
-    {"targets", "adapter", "adapter_file"},
+    {"targets", "adapter", "adapter_file", "safewrite"},
     {"registry", "host", "recipe", "blocks"},
     {"factored", "residual", "sites", "fingerprint", "recipe_schema", "ties", "computed"},
     {"adapters.*", "formats.*", "refs", "merge_job", "selection", "recipe_file"},

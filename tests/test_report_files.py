@@ -19,7 +19,7 @@ from matplotlib.image import imread
 from safetensors.torch import save_file
 
 import lora_inject as li
-from lora_inject import safefile
+from lora_inject import safewrite
 from lora_inject.cli import main
 from lora_inject.inspection import inspect_adapter
 from lora_inject.report.charts import LINES
@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_the_old_file(run, adapter, tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safefile, "_sync", full)
+    monkeypatch.setattr(safewrite, "_sync", full)
     code, out, err = run(adapter, "--html", tmp_path / "old.html", "--overwrite")
     assert (code, out) == (2, "") and "No space left" in err
     assert (tmp_path / "old.html").read_text() == "old"

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..adapter_file import SiteRecord, metadata
 from ..config import as_dtype, check_option
 from ..errors import StateError
-from ..safefile import write_tensors
+from ..safewrite import write_tensors
 
 
 def check_out(out: str | os.PathLike[str], overwrite: bool, inputs: Sequence[Path]) -> None:

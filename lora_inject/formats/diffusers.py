@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import FormatError, UnsupportedError, listing
-from ..safefile import parse_json, write_tensors
+from ..safefile import parse_json
+from ..safewrite import write_tensors
 from ..tree import walk
 from .bundle import Bundle, Source
 from .components import check_one, clip_paths

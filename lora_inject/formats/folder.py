@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import FormatError
-from ..safefile import places
+from ..safewrite import places
 
 EXCHANGE = 2
 """RENAME_EXCHANGE of Linux' renameat2: two names change places in one step."""

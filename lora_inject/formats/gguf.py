@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError, MismatchError, UnsupportedError, listing
-from ..safefile import write_whole
+from ..safewrite import write_whole
 from .bundle import Bundle, Source
 from .content import Content
 from .experts import experts_of

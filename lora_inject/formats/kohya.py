@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import FormatError, MismatchError, UnsupportedError, listing
 from ..host import base_tensor
-from ..safefile import write_tensors
+from ..safewrite import write_tensors
 from ..tree import walk
 from .bundle import Bundle, Source
 from .components import check_one

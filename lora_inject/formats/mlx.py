@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import FormatError, MismatchError, UnsupportedError
-from ..safefile import write_tensors
+from ..safewrite import write_tensors
 from .bundle import Bundle, Source
 from .checks import number, section, whole
 from .content import CONFIG, Content

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..adapter_file import FORMAT, metadata, read_adapter_file
 from ..errors import UnsupportedError, listing
-from ..safefile import write_tensors
+from ..safewrite import write_tensors
 from .bundle import Bundle, Source
 from .content import Content
 from .format import Format

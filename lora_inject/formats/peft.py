@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import FormatError, listing
-from ..safefile import parse_json, write_tensors
+from ..safefile import parse_json
+from ..safewrite import write_tensors
 from .bundle import Bundle, Source
 from .content import CONFIG, TENSOR_FILES, Content
 from .folder import write_folder, write_text

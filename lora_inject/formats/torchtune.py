@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import FormatError, MismatchError, UnsupportedError, listing
-from ..safefile import parse_json, write_tensors
+from ..safefile import parse_json
+from ..safewrite import write_tensors
 from .bundle import Bundle, Source
 from .checks import number, whole
 from .content import CONFIG, Content

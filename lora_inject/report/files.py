@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import StateError
 from ..inspected import Inspection
-from ..safefile import write_whole
+from ..safewrite import write_whole
 from .page import html_page
 from .picture import png_picture
 
