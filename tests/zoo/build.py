@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .agreeing import AGREEING
 from .catalog import Architecture, config_class, model_classes
 from .exceptions import EXCEPTIONS
 from .shrink import shrink
@@ -31,7 +32,8 @@ def small_config(architecture: Architecture, narrow: bool) -> Any:
     fields = shrink(cls(**(exception.start if exception else {})).to_dict(), narrow)
     if narrow and _uses_sections(architecture):
         split_rotary(fields)
-    for path, value in (exception.set if exception else {}).items():
+    agreeing = AGREEING.get(architecture.name, {}) if narrow else {}
+    for path, value in {**agreeing, **(exception.set if exception else {})}.items():
         *parents, name = path.split(".")
         place = fields
         for parent in parents:

@@ -37,7 +37,7 @@ def candidates(model: Any) -> Generator[Inputs, str, None]:
         seen.add(names)
         ways = [[(name, value) for value in MAKERS[name](model)] for name in names]
         for way in itertools.islice(itertools.product(*ways), MOST_WAYS):
-            yield from _repaired(model, dict(way))
+            yield from repaired(model, dict(way))
 
 
 def _groups(known: list[str], mains: list[str], required: list[str]) -> Iterable[list[str]]:
@@ -54,7 +54,7 @@ def _groups(known: list[str], mains: list[str], required: list[str]) -> Iterable
     yield [*required, *decoder]
 
 
-def _repaired(model: Any, inputs: Inputs) -> Generator[Inputs, str, None]:
+def repaired(model: Any, inputs: Inputs) -> Generator[Inputs, str, None]:
     """Yields the inputs, then with as many placeholder tokens as the model says that it has features for."""
     wanted: dict[str, int] = {}
     plain = inputs

@@ -13,7 +13,8 @@ import torch
 from .build import build, small_config
 from .catalog import Architecture, model_classes
 from .exceptions import EXCEPTIONS
-from .inputs import candidates
+from .given import GIVEN
+from .inputs import candidates, repaired
 from .running import run
 
 MOST_CLASSES = 3
@@ -60,7 +61,7 @@ def find(architecture: Architecture) -> Specimen:
         raise Missing("not built", [exception.skip])
     search = _Search()
     for model in _models(architecture, search):
-        inputs = _inputs_for(model, search)
+        inputs = _inputs_for(architecture, model, search)
         if inputs is not None:
             return sharpened(model, inputs)
     raise search.missing()
@@ -90,11 +91,12 @@ def _classes(architecture: Architecture) -> list[Any]:
     return list(itertools.islice(found, MOST_CLASSES))
 
 
-def _inputs_for(model: Any, search: _Search) -> dict[str, Any] | None:
+def _inputs_for(architecture: Architecture, model: Any, search: _Search) -> dict[str, Any] | None:
     """Returns the first inputs with which the model runs."""
     problem = ""
+    given = GIVEN.get(architecture.name)
     try:
-        tries = candidates(model)
+        tries = repaired(model, given(model.config)) if given else candidates(model)
         while True:
             inputs = tries.send(problem) if problem else next(tries)
             problem = problem_with(model, inputs)
