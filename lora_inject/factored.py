@@ -128,6 +128,19 @@ class FactoredAdapter(Adapter, abc.ABC):
         return self.scaling * self.factor
 
 
+def added(output: Tensor, update: Tensor) -> Tensor:
+    """Returns output + update, in the strides of the output.
+
+    A sum gives axes of size 1 the strides of a contiguous tensor, a convolution in channels-last does not. What reads
+    the output next picks its kernel by the strides, so that even an update of zero would change bits.
+    """
+    found = output + update
+    sizes = zip(output.shape, output.stride(), found.stride(), strict=True)
+    moved = [size for size, wanted, got in sizes if wanted != got]
+    return found.as_strided(output.shape, output.stride()) if moved and max(moved) == 1 else found
+
+
+
 def _as_they_are(device: str) -> AbstractContextManager[None]:
     """Under autocast the product would be rounded to half precision before it is added."""
     # Entering it costs more than small products do, and merging asks for thousands of them.

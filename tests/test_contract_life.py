@@ -13,6 +13,7 @@ import torch
 from contract import every, flat, in_float32, injected, outputs, parameters64, quiet, same, train
 from safetensors import safe_open
 from snapshot import assert_same, snapshot
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from variant import map_floats
 
@@ -121,3 +122,28 @@ def test_9_a_failure_leaves_everything_as_it_was(variant, tmp_path, monkeypatch)
 
 def _disk_full(*args):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
+def test_an_output_of_one_pixel_keeps_its_strides(kind, trained):
+    """A matrix product picks its kernel by the strides of what it reads: the bits behind such a layer depend on them."""
+    torch.manual_seed(0)
+    side = 2 if kind is nn.Conv2d else 1
+    base = kind(8, 6, side).double().to(memory_format=torch.channels_last).requires_grad_(False)
+    side = 2 if kind is nn.Conv2d else 1
+    x = torch.randn(3, side, side, 8, dtype=torch.float64).permute(0, 3, 1, 2)
+    model = nn.Sequential(copy.deepcopy(base), nn.Flatten(2))
+    li.inject(model, "0", rank=2, seed=0)
+    adapter = next(iter(li.adapters(model))).adapter
+    if trained:
+        nn.init.normal_(adapter.lora_B, generator=torch.Generator().manual_seed(1))
+    for gradient in (False, True):
+        with torch.set_grad_enabled(gradient):
+            assert model[0](x).stride() == base(x).stride()
+    delta = next(iter(adapter.delta(model[0]).values()))
+    reference = torch.func.functional_call(base, {"weight": base.weight + delta}, x)
+    torch.testing.assert_close(model[0](x), reference)
+    wanted = torch.autograd.grad(reference.square().sum(), [adapter.lora_A, adapter.lora_B])
+    found = torch.autograd.grad(model(x).square().sum(), [adapter.lora_A, adapter.lora_B])
+    torch.testing.assert_close(found, wanted)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..adapter import Layout, wide
 from ..config import SiteConfig
-from ..factored import ALL, FactoredAdapter
+from ..factored import ALL, FactoredAdapter, added
 from ..host import base_class
 from ..registry import register
 
@@ -74,8 +74,7 @@ class ConvAdapter(FactoredAdapter):
             rows = host._conv_forward(x, self.lora_dense.to(x.dtype), self.cast("lora_B_bias", x))
         else:
             rows = self._second(host, self._first(host, x))
-        found: Tensor = output + rows.to(output.dtype) * self.strength
-        return found
+        return added(output, rows.to(output.dtype) * self.strength)
 
     def _split(self, axes: int) -> int:
         return axes // 2 if self.config.factorization == "balanced" else 0

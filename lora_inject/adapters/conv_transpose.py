@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapter import Layout, wide
 from ..config import SiteConfig
 from ..errors import UnsupportedError
-from ..factored import ALL, FactoredAdapter
+from ..factored import ALL, FactoredAdapter, added
 from ..host import base_class
 from ..registry import register
 
@@ -86,14 +86,14 @@ class ConvTransposeAdapter(FactoredAdapter):
         x, last = self.drop(x), self.cast("lora_A_bias", x)
         if self.is_dense:
             rows = _transposed(host, self.lora_dense.to(x.dtype), last, x, *rest)
-            return output + rows.to(output.dtype) * self.strength
+            return added(output, rows.to(output.dtype) * self.strength)
         first = self.cast("lora_B_bias", x)
         first = None if first is None else first.repeat(host.groups)
         inner = _transposed(host, self.lora_B.to(x.dtype), first, x, *rest)
         mix = self.lora_A.to(x.dtype).transpose(0, 1)
         mix = mix.repeat(host.groups, *[1] * (mix.dim() - 1))
         rows = _CONV[mix.dim() - 2](inner, mix, last, groups=host.groups)
-        return output + rows.to(output.dtype) * self.strength
+        return added(output, rows.to(output.dtype) * self.strength)
 
     @classmethod
     def needs_host(cls, config: SiteConfig) -> bool:
