@@ -74,5 +74,6 @@ EXCEPTIONS: dict[str, Exception_] = {
     "rt_detr": RT_DETR,
     "rt_detr_v2": RT_DETR,
     "sam": Exception_(set={"prompt_encoder_config.image_embedding_size": 4, "prompt_encoder_config.image_size": 64}),
+    "slanet": Exception_(classes=("SLANetForTableRecognition",)),
     "table-transformer": ON_RESNET,
 }

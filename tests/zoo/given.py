@@ -102,6 +102,14 @@ def images(config: Any) -> Inputs:
     return {"hidden_states": random(ROWS, 3, 64, 64)}
 
 
+def gemma4_audio(config: Any) -> Inputs:
+    return {"input_features": random(ROWS, 48, 128)}
+
+
+def big_images(config: Any) -> Inputs:
+    return {"pixel_values": random(ROWS, 3, 4 * config.patch_size, 4 * config.patch_size)}
+
+
 def glm_codes(config: Any) -> Inputs:
     return {"hidden_states": random(ROWS, config.latent_channels, GRID, GRID)}
 
@@ -200,6 +208,15 @@ def musicgen_melody(config: Any) -> Inputs:
     return musicgen(config) | {"input_features": random(ROWS, TOKENS, config.num_chroma)}
 
 
+def semantic(config: Any) -> Inputs:
+    return {"input_features": random(ROWS, 20, config.feature_projection_input_dim)}
+
+
+def nemotron(config: Any) -> Inputs:
+    features = {"input_features": random(ROWS, 64, 80), "attention_mask": ones(ROWS, 64)}
+    return features | ({"decoder_input_ids": tokens(ROWS, TOKENS)} if config.is_encoder_decoder else {})
+
+
 def two_towers(config: Any) -> Inputs:
     width = config.semantic_model_config.feature_projection_input_dim
     return {"input_values": random(1, 1, 6400), "input_features": random(1, 20, width)}
@@ -247,11 +264,15 @@ def siglip2(config: Any) -> Inputs:
 
 
 def speecht5(config: Any) -> Inputs:
-    return {"input_values": random(ROWS, 6400), "decoder_input_ids": tokens(ROWS, TOKENS)}
+    return {"input_values": random(ROWS, 6400), "decoder_input_ids": integers(3, config.vocab_size, ROWS, TOKENS)}
 
 
 def tvp(config: Any) -> Inputs:
     return text() | {"pixel_values": random(ROWS, 2, 3, config.max_img_size, config.max_img_size)}
+
+
+def text_lines(config: Any) -> Inputs:
+    return {"pixel_values": random(ROWS, 3, 48, 64)}
 
 
 def timed(config: Any) -> Inputs:
@@ -272,6 +293,8 @@ GIVEN: dict[str, Callable[[Any], Inputs]] = {
     "dia_decoder": dia_decoder,
     "ernie4_5_vl_moe": ernie_vl,
     "florence_vision": images,
+    "gemma4_audio": gemma4_audio,
+    "depth_pro": big_images,
     "glm_image_vqmodel": glm_codes,
     "granite_speech5_ctc": granite_speech,
     "granite_speech5_encoder": granite_speech,
@@ -294,20 +317,24 @@ GIVEN: dict[str, Callable[[Any], Inputs]] = {
     "musicgen_decoder": codebooks,
     "musicgen_melody": musicgen_melody,
     "musicgen_melody_decoder": codebooks,
+    "nemotron3_5_asr": nemotron,
+    "nemotron_asr_streaming": nemotron,
+    "nemotron_asr_streaming_encoder": nemotron,
     "neucodec": two_towers,
     "paddleocr_vl_vision": paddle_vision,
     "pix2struct": pix2struct,
     "pix2struct_vision_model": flat_patches,
+    "pp_ocrv5_mobile_rec": text_lines,
     "qwen2_5_omni_audio_encoder": qwen_audio,
     "qwen3_omni_moe_audio_encoder": qwen_audio,
     "qwen3_omni_moe_talker_code_predictor": code_predictor,
     "rag": rag,
     "rwkv": without_cache,
     "siglip2": siglip2,
-    "slanet": images,
     "speecht5": speecht5,
     "tvp": tvp,
     "voxtral_realtime_text": timed,
+    "wav2vec2-bert": semantic,
     "xclip_vision_model": frames,
     "xcodec2": two_towers,
 }
