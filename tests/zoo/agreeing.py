@@ -20,6 +20,8 @@ MERGER = {"insert_layer_id": 0}
 ONE_SIZE = {"projector_input_dim": 64, "projector_output_dim": 64, "intermediate_size": 256}
 POOLED_HEADS = {"text_config.rope_parameters.mrope_section": [3, 3, 2]}
 
+HALVING = [[[3, 96, 96, 1, True]], [[3, 96, 96, 2, False]], [[3, 96, 192, 2, False]], [[3, 192, 384, 2, False]]]
+
 AGREEING: dict[str, Fields] = {
     "blip-2": {"image_token_index": 255},
     "chmv2": FOUR_LAYERS,
@@ -34,6 +36,9 @@ AGREEING: dict[str, Fields] = {
         "patch_model_config.patch_size": 8,
         "intermediate_hook_ids": [1, 0],
         "merge_padding_value": 0,
+        "fusion_hidden_size": 64,
+        "intermediate_feature_dims": [64, 64],
+        "scaled_images_feature_dims": [64, 64, 64],
     },
     "donut-swin": {"window_size": 2},
     "ernie4_5_vl_moe": POOLED_HEADS,
@@ -56,14 +61,17 @@ AGREEING: dict[str, Fields] = {
     "mm-grounding-dino": GROUNDING,
     "molmo2_vision": {"num_position_embeddings": 16},
     "neucodec": {"quantization_dim": 128},
-    "pp_doclayout_v2": LAYOUT,
+    "pp_doclayout_v2": {**LAYOUT, "class_thresholds": [0.5, 0.5], "class_order": [0, 1]},
     "pp_doclayout_v3": {**LAYOUT, **stages(1, 2, 3, 4)},
     "pp_doclayout_v4": LAYOUT,
     "pp_ocrv5_mobile_det": stages(2, 3, 4, 5),
-    "pp_ocrv6_small_det": {"layer_list_out_channels": [96, 96, 192, 384], **stages(1, 2, 3, 4)},
+    "pp_ocrv6_small_det": {
+        "backbone_config.block_configs": HALVING,
+        "layer_list_out_channels": [96, 96, 192, 384],
+        **stages(1, 2, 3, 4),
+    },
     "sam2": {
         "vision_config.backbone_config.hidden_size": 96,
-        "vision_config.backbone_config.global_attention_blocks": [2],
         "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
     },
     "sam3_tracker": {"vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
@@ -90,7 +98,7 @@ AGREEING: dict[str, Fields] = {
     },
     "xcodec": {"codebook_dim": 128},
     "xcodec2": {"quantization_dim": 128},
-    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "mode": "train", "return_last_states": False},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {"hybrid_layer_ids": [3], "attention_hidden_size": 128, "attention_head_dim": 32},
     "zoedepth": FOUR_LAYERS,

@@ -61,7 +61,7 @@ def split_rotary(fields: dict[str, Any]) -> None:
             split_rotary(value)
 
 
-def build(model_class: Any, config: Any) -> Any:
+def build(model_class: Any, config: Any, attention: str = "eager") -> Any:
     """Returns the model in eval mode, its weights drawn so that no part of it is silent.
 
     Raises:
@@ -72,7 +72,7 @@ def build(model_class: Any, config: Any) -> Any:
     if size > MOST_PARAMETERS:
         raise TooLarge(f"{size / 1e6:.0f} M parameters")
     torch.manual_seed(0)
-    model = model_class._from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    model = model_class._from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
     wake(model)
     return model
 

@@ -15,12 +15,16 @@ class Exception_:
         start: arguments of the config class, before shrinking.
         set: fields to set after shrinking, by dotted path.
         classes: names of model classes to use instead of the automatic choice.
+        attention: the implementation, where its eager one has a defect.
+        sharp: False where its code rounds to float32 on the way, so that nothing is gained by float64.
         skip: why there is nothing to build or to run; empty where there is.
     """
 
     start: Mapping[str, Any] = field(default_factory=dict)
     set: Mapping[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    attention: str = "eager"
+    sharp: bool = True
     skip: str = ""
 
 
@@ -41,6 +45,9 @@ MIXED_LAYERS = ["mamba", "attention"] * 16
 FEW_QUERIES = Exception_(set={"num_queries": 10})
 """A small image has fewer places than the model picks."""
 RT_DETR = Exception_(set={"num_queries": 10, "backbone_config.out_features": ["stage2", "stage3", "stage4"]})
+
+BOOLEAN_MASK = Exception_(attention="sdpa")
+"""Its eager attention takes the mask of numbers that it gets for a mask of flags: what may be seen is left out."""
 
 EXCEPTIONS: dict[str, Exception_] = {
     "bamba": Exception_(start={"attn_layer_indices": [1]}),
@@ -68,6 +75,10 @@ EXCEPTIONS: dict[str, Exception_] = {
     "longformer": WINDOW,
     "mamba2": Exception_(set={"num_heads": 8}),
     "ministral": HEADS,
+    "nemotron3_5_asr": BOOLEAN_MASK,
+    "nemotron_asr_streaming": BOOLEAN_MASK,
+    "nemotron_asr_streaming_encoder": BOOLEAN_MASK,
+    "neucodec": Exception_(sharp=False),
     "nemotron": Exception_(start={"head_dim": 128, "num_key_value_heads": 8}),
     "prompt_depth_anything": FOUR_LAYERS,
     "rf_detr": FEW_QUERIES,
@@ -76,4 +87,5 @@ EXCEPTIONS: dict[str, Exception_] = {
     "sam": Exception_(set={"prompt_encoder_config.image_embedding_size": 4, "prompt_encoder_config.image_size": 64}),
     "slanet": Exception_(classes=("SLANetForTableRecognition",)),
     "table-transformer": ON_RESNET,
+    "xcodec2": Exception_(sharp=False),
 }

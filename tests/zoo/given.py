@@ -272,7 +272,7 @@ def tvp(config: Any) -> Inputs:
 
 
 def text_lines(config: Any) -> Inputs:
-    return {"pixel_values": random(ROWS, 3, 48, 64)}
+    return {"pixel_values": random(ROWS, 3, 96, 64)}
 
 
 def timed(config: Any) -> Inputs:

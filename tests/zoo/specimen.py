@@ -12,7 +12,7 @@ import torch
 
 from .build import build, small_config
 from .catalog import Architecture, model_classes
-from .exceptions import EXCEPTIONS
+from .exceptions import EXCEPTIONS, Exception_
 from .given import GIVEN
 from .inputs import candidates, repaired
 from .running import run
@@ -63,11 +63,12 @@ def find(architecture: Architecture) -> Specimen:
     for model in _models(architecture, search):
         inputs = _inputs_for(architecture, model, search)
         if inputs is not None:
-            return sharpened(model, inputs)
+            return Specimen(model, inputs) if exception and not exception.sharp else sharpened(model, inputs)
     raise search.missing()
 
 
 def _models(architecture: Architecture, search: _Search) -> Iterator[Any]:
+    attention = EXCEPTIONS.get(architecture.name, Exception_()).attention
     for narrow in (True, False):
         try:
             config = small_config(architecture, narrow)
@@ -77,7 +78,7 @@ def _models(architecture: Architecture, search: _Search) -> Iterator[Any]:
             continue
         for model_class in classes:
             try:
-                yield build(model_class, config)
+                yield build(model_class, config, attention)
             except Exception as error:
                 search.building.append(f"{model_class.__name__}: {brief(error)}")
 
