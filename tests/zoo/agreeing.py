@@ -23,6 +23,7 @@ POOLED_HEADS = {"text_config.rope_parameters.mrope_section": [3, 3, 2]}
 HALVING = [[[3, 96, 96, 1, True]], [[3, 96, 96, 2, False]], [[3, 96, 192, 2, False]], [[3, 192, 384, 2, False]]]
 
 AGREEING: dict[str, Fields] = {
+    "bark": {"codec_config.codebook_dim": 64},
     "blip-2": {"image_token_index": 255},
     "chmv2": FOUR_LAYERS,
     "clvp": {"text_config.num_attention_heads": 2, "speech_config.num_attention_heads": 2},
@@ -70,6 +71,22 @@ AGREEING: dict[str, Fields] = {
         "layer_list_out_channels": [96, 96, 192, 384],
         **stages(1, 2, 3, 4),
     },
+    "reformer": {
+        "is_decoder": True,
+        "hidden_size": 64,
+        "axial_pos_shape": [4, 8],
+        "axial_pos_embds_dim": [32, 32],
+        "attention_head_size": 16,
+        "lsh_attn_chunk_length": 8,
+        "local_attn_chunk_length": 8,
+        "lsh_attention_probs_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
+        "hidden_dropout_prob": 0.0,
+        "num_buckets": 4,
+        "hash_seed": 0,
+        "attn_layers": ["local", "lsh"],
+        "num_hidden_layers": 2,
+    },
     "sam2": {
         "vision_config.backbone_config.hidden_size": 96,
         "vision_config.backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
@@ -98,7 +115,7 @@ AGREEING: dict[str, Fields] = {
     },
     "xcodec": {"codebook_dim": 128},
     "xcodec2": {"quantization_dim": 128},
-    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "mode": "train", "return_last_states": False},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {"hybrid_layer_ids": [3], "attention_hidden_size": 128, "attention_head_dim": 32},
     "zoedepth": FOUR_LAYERS,

@@ -61,8 +61,8 @@ def split_rotary(fields: dict[str, Any]) -> None:
             split_rotary(value)
 
 
-def build(model_class: Any, config: Any, attention: str = "eager") -> Any:
-    """Returns the model in eval mode, its weights drawn so that no part of it is silent.
+def build(model_class: Any, config: Any, attention: str = "eager", train: bool = False) -> Any:
+    """Returns the model, its weights drawn so that no part of it is silent; in eval mode unless asked otherwise.
 
     Raises:
         TooLarge: more than MOST_PARAMETERS parameters.
@@ -72,7 +72,7 @@ def build(model_class: Any, config: Any, attention: str = "eager") -> Any:
     if size > MOST_PARAMETERS:
         raise TooLarge(f"{size / 1e6:.0f} M parameters")
     torch.manual_seed(0)
-    model = model_class._from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+    model = model_class._from_config(config, attn_implementation=attention, dtype=torch.float32).train(train)
     wake(model)
     return model
 

@@ -17,6 +17,7 @@ class Exception_:
         classes: names of model classes to use instead of the automatic choice.
         attention: the implementation, where its eager one has a defect.
         sharp: False where its code rounds to float32 on the way, so that nothing is gained by float64.
+        train: True where its backward pass works in training mode only, in which it then runs, without dropout.
         skip: why there is nothing to build or to run; empty where there is.
     """
 
@@ -25,6 +26,7 @@ class Exception_:
     classes: tuple[str, ...] = ()
     attention: str = "eager"
     sharp: bool = True
+    train: bool = False
     skip: str = ""
 
 
@@ -81,6 +83,7 @@ EXCEPTIONS: dict[str, Exception_] = {
     "neucodec": Exception_(sharp=False),
     "nemotron": Exception_(start={"head_dim": 128, "num_key_value_heads": 8}),
     "prompt_depth_anything": FOUR_LAYERS,
+    "reformer": Exception_(train=True),
     "rf_detr": FEW_QUERIES,
     "rt_detr": RT_DETR,
     "rt_detr_v2": RT_DETR,

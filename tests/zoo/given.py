@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -254,6 +255,10 @@ def without_cache(config: Any) -> Inputs:
     return text() | {"use_cache": False}
 
 
+def long_text(config: Any) -> Inputs:
+    return {"input_ids": tokens(ROWS, math.prod(config.axial_pos_shape)), "use_cache": False}
+
+
 def siglip2(config: Any) -> Inputs:
     vision = config.vision_config
     return text() | {
@@ -268,7 +273,9 @@ def speecht5(config: Any) -> Inputs:
 
 
 def tvp(config: Any) -> Inputs:
-    return text() | {"pixel_values": random(ROWS, 2, 3, config.max_img_size, config.max_img_size)}
+    # Its grid of positions has room for one row alone.
+    side = config.max_img_size
+    return {"input_ids": tokens(1, TOKENS), "pixel_values": random(1, config.num_frames, 3, side, side)}
 
 
 def text_lines(config: Any) -> Inputs:
@@ -329,6 +336,7 @@ GIVEN: dict[str, Callable[[Any], Inputs]] = {
     "qwen3_omni_moe_audio_encoder": qwen_audio,
     "qwen3_omni_moe_talker_code_predictor": code_predictor,
     "rag": rag,
+    "reformer": long_text,
     "rwkv": without_cache,
     "siglip2": siglip2,
     "speecht5": speecht5,
@@ -337,5 +345,6 @@ GIVEN: dict[str, Callable[[Any], Inputs]] = {
     "wav2vec2-bert": semantic,
     "xclip_vision_model": frames,
     "xcodec2": two_towers,
+    "xlstm": without_cache,
 }
 """By name of the architecture: makes all inputs from the config of the model."""

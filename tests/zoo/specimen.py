@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .build import build, small_config
+from .called import with_forward
 from .catalog import Architecture, model_classes
 from .exceptions import EXCEPTIONS, Exception_
 from .given import GIVEN
@@ -68,7 +69,7 @@ def find(architecture: Architecture) -> Specimen:
 
 
 def _models(architecture: Architecture, search: _Search) -> Iterator[Any]:
-    attention = EXCEPTIONS.get(architecture.name, Exception_()).attention
+    exception = EXCEPTIONS.get(architecture.name, Exception_())
     for narrow in (True, False):
         try:
             config = small_config(architecture, narrow)
@@ -78,7 +79,7 @@ def _models(architecture: Architecture, search: _Search) -> Iterator[Any]:
             continue
         for model_class in classes:
             try:
-                yield build(model_class, config, attention)
+                yield build(with_forward(architecture.name, model_class), config, exception.attention, exception.train)
             except Exception as error:
                 search.building.append(f"{model_class.__name__}: {brief(error)}")
 
