@@ -73,8 +73,22 @@ def run_backward(
                 total = total + (usable(output.double()) * weights).sum()
         if isinstance(total, float):
             raise Failure("base", "no output depends on the weights in a differentiable way")
-        gradients = torch.autograd.grad(total, wanted, allow_unused=True)
-    return [output.detach() for output in outputs], list(gradients)
+        gradients = collected(total, model, wanted)
+    return [output.detach() for output in outputs], gradients
+
+
+def collected(total: Tensor, model: nn.Module, wanted: list[Any]) -> list[Tensor | None]:
+    """Returns what `backward` leaves in `.grad`, as a training loop reads it, and clears it.
+
+    `torch.autograd.grad` does not see what a backward pass of a model's own gives to its parameters (Reformer).
+    """
+    for leaf in wanted:
+        leaf.grad = None
+    total.backward()
+    gradients = [leaf.grad for leaf in wanted]
+    for leaf in (*wanted, *model.parameters()):
+        leaf.grad = None
+    return gradients
 
 
 def usable(tensor: Tensor) -> Tensor:
