@@ -140,7 +140,6 @@ def added(output: Tensor, update: Tensor) -> Tensor:
     return found.as_strided(output.shape, output.stride()) if moved and max(moved) == 1 else found
 
 
-
 def _as_they_are(device: str) -> AbstractContextManager[None]:
     """Under autocast the product would be rounded to half precision before it is added."""
     # Entering it costs more than small products do, and merging asks for thousands of them.

@@ -127,7 +127,7 @@ def _disk_full(*args):
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
 @pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
 def test_an_output_of_one_pixel_keeps_its_strides(kind, trained):
-    """A matrix product picks its kernel by the strides of what it reads: the bits behind such a layer depend on them."""
+    """A matrix product picks its kernel by the strides of what it reads, and so do the bits behind such a layer."""
     torch.manual_seed(0)
     side = 2 if kind is nn.Conv2d else 1
     base = kind(8, 6, side).double().to(memory_format=torch.channels_last).requires_grad_(False)
