@@ -14,6 +14,7 @@ def stages(*numbers: int, at: str = "backbone_config") -> Fields:
 
 
 FOUR_LAYERS = {"backbone_config.num_hidden_layers": 4, **stages(1, 2, 3, 4)}
+SMALL_NECK = {**FOUR_LAYERS, "neck_hidden_sizes": [16, 16, 32, 32], "fusion_hidden_size": 32}
 GROUNDING = {"num_queries": 10, **stages(2, 3, 4)}
 LAYOUT = {"num_queries": 10, "decoder_in_channels": [64, 64, 64], **stages(2, 3, 4)}
 MERGER = {"insert_layer_id": 0}
@@ -25,7 +26,13 @@ HALVING = [[[3, 96, 96, 1, True]], [[3, 96, 96, 2, False]], [[3, 96, 192, 2, Fal
 AGREEING: dict[str, Fields] = {
     "bark": {"codec_config.codebook_dim": 64},
     "blip-2": {"image_token_index": 255},
-    "chmv2": FOUR_LAYERS,
+    "chmv2": {
+        **FOUR_LAYERS,
+        "post_process_channels": [16, 16, 32, 32],
+        "fusion_hidden_size": 32,
+        "head_hidden_size": 32,
+        "number_output_channels": 32,
+    },
     "clvp": {"text_config.num_attention_heads": 2, "speech_config.num_attention_heads": 2},
     "colqwen2": {"vlm_config.text_config.rope_parameters.mrope_section": [2, 3, 3]},
     "deepseek_ocr2_vision": {"sam_config.downsample_channels": [64, 64]},
@@ -44,12 +51,19 @@ AGREEING: dict[str, Fields] = {
     "donut-swin": {"window_size": 2},
     "ernie4_5_vl_moe": POOLED_HEADS,
     "ernie4_5_vl_moe_text": {"rope_parameters.mrope_section": [3, 3, 2]},
+    "florence_vision": {
+        "embed_dim": [16, 32, 64, 128],
+        "num_heads": [1, 2, 4, 8],
+        "num_groups": [1, 2, 4, 8],
+    },
     "glm46v": {"text_config.rope_parameters.mrope_section": [2, 3, 3]},
     "grounding-dino": GROUNDING,
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "llama4_vision_model": ONE_SIZE,
     "lw_detr": {
         "num_queries": 10,
+        "group_detr": 2,
+        "backbone_config.image_size": 128,
         "projector_scale_factors": [1.0, 2.0],
         "projector_in_channels": [64, 64],
         "num_feature_levels": 2,
@@ -103,7 +117,7 @@ AGREEING: dict[str, Fields] = {
     "step3p5": {"sliding_window": 4},
     "step3p7": {"text_config.sliding_window": 4},
     "swin2sr": {"image_size": 16},
-    "tipsv2_dpt": FOUR_LAYERS,
+    "tipsv2_dpt": SMALL_NECK,
     "tvp": {"max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2},
     "unlimited_ocr_vision": {"sam_config.downsample_channels": [64, 64]},
     "uvdoc": stages(1, 2, 3, 4, 5, 6),
@@ -118,5 +132,5 @@ AGREEING: dict[str, Fields] = {
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {"hybrid_layer_ids": [3], "attention_hidden_size": 128, "attention_head_dim": 32},
-    "zoedepth": FOUR_LAYERS,
+    "zoedepth": {**SMALL_NECK, "bottleneck_features": 32},
 }
