@@ -10,7 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import lora_inject as li
-from tests.zoo.catalog import architectures
+from tests.zoo.agreeing import AGREEING
+from tests.zoo.called import CALLED
+from tests.zoo.catalog import architectures, config_class
+from tests.zoo.exceptions import EXCEPTIONS
+from tests.zoo.given import GIVEN
 from tests.zoo.lifecycle import Failure, live
 from tests.zoo.pool import examine
 from tests.zoo.shrink import shrink
@@ -23,6 +27,7 @@ FAMILIES = {
     "encoder-decoder": ["t5", "bart"],
     "vision": ["vit", "swin", "dinov2", "convnext"],
     "audio": ["whisper", "hubert"],
+    "own backward pass": ["reformer"],
     "multimodal": ["clip", "llava", "qwen2_vl", "paligemma"],
 }
 CASES = [pytest.param(name, id=f"{kind}-{name}") for kind, names in FAMILIES.items() for name in names]
@@ -41,6 +46,23 @@ def test_adapters_live_and_leave_no_trace(name, by_name):
     assert found["sites"] >= 5
     assert len(found["silent"]) < found["sites"] / 2, found["silent"]
     assert found["refused"] == {}
+
+
+@pytest.mark.parametrize("table", [AGREEING, CALLED, EXCEPTIONS, GIVEN])
+def test_the_tables_name_architectures_that_there_are(table, by_name):
+    assert set(table) <= set(by_name)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", AGREEING)
+def test_a_field_that_is_set_is_one_that_the_config_has(name, by_name):
+    """A misspelt field would be kept by the config and read by nobody."""
+    fields = config_class(by_name[name])().to_dict()
+    for path in AGREEING[name]:
+        place = fields
+        for part in path.removesuffix(".mrope_section").split("."):  # which the code reads by a default of its own
+            assert part in place, path
+            place = place[part]
 
 
 class ReadsByHand(nn.Module):
