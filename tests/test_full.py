@@ -162,3 +162,18 @@ def test_a_block_is_refused_where_the_class_was_changed_over_a_host_that_cannot_
     model[0].__class__ = type("Wrapped", (type(model[0]),), {})
     with pytest.raises(li.UnsupportedError, match="class was changed to Wrapped"):
         li.inject(model, li.Target("0", adapter="block", in_features=8, out_features=8), name="block")
+
+
+@pytest.mark.parametrize(("made", "found"), [("transpose", r"shape \(1, 3, 8\)"), ("pair", "a tuple")])
+def test_a_block_whose_output_the_path_does_not_fit_is_an_error_and_no_broadcast(made, found):
+    class Step(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
+            y = super().forward(x)
+            return y.transpose(0, 1) if made == "transpose" else (y, None)
+
+    model = nn.Sequential(Step(8, 8))
+    li.inject(model, li.Target("0", adapter="block", in_features=8, out_features=8), rank=2)
+    with pytest.raises(li.UnsupportedError, match=rf"Step returned .*{found}, .*adapt the modules inside"):
+        model(torch.randn(3, 1, 8))
+    with li.disabled(model):
+        model(torch.randn(3, 1, 8))

@@ -76,13 +76,19 @@ class BlockAdapter(Adapter):
         return host.lora_base.forward(host, *args, **kwargs)
 
     def update(self, host: Any, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Adds scaling times the low-rank path, computed in the input's dtype."""
+        """Adds scaling times the low-rank path, computed in the input's dtype.
+
+        Raises:
+            UnsupportedError: the block gave something else than a tensor of the path's shape.
+        """
         x = args[0] if args else next(iter(kwargs.values()))
         if self.config.dropout:
             x = F.dropout(x, self.config.dropout, self.training)
         first, second = self._parameters.get("lora_A_bias"), self._parameters.get("lora_B_bias")
         inner = F.linear(x, self.lora_A.to(x.dtype), None if first is None else first.to(x.dtype))
         path = F.linear(inner, self.lora_B.to(x.dtype), None if second is None else second.to(x.dtype))
+        if not isinstance(output, Tensor) or not (output.is_nested or output.shape == path.shape):
+            raise _unfit(host, output, path)
         return output + path.to(output.dtype) * (self.scaling * self.factor)
 
     def describe(self) -> dict[str, Any]:
@@ -92,6 +98,15 @@ class BlockAdapter(Adapter):
     def delta(self, host: Any) -> dict[str, Tensor]:
         """Returns {}: no parameter of the block is updated."""
         return {}
+
+
+def _unfit(host: Any, output: Any, path: Tensor) -> UnsupportedError:
+    """Returns the error of an output to which the path cannot be added: torch would broadcast where it can."""
+    found = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    return UnsupportedError(
+        f"{host.lora_base.__name__} returned {found}, and its low-rank path one of shape {tuple(path.shape)}: a block "
+        "adapter serves blocks that map one tensor to one with the same leading axes; adapt the modules inside it"
+    )
 
 
 def _size(name: str, value: object) -> int:
