@@ -18,10 +18,14 @@ SMALL_NECK = {**FOUR_LAYERS, "neck_hidden_sizes": [16, 16, 32, 32], "fusion_hidd
 GROUNDING = {"num_queries": 10, **stages(2, 3, 4)}
 LAYOUT = {"num_queries": 10, "decoder_in_channels": [64, 64, 64], **stages(2, 3, 4)}
 MERGER = {"insert_layer_id": 0}
-ONE_SIZE = {"projector_input_dim": 64, "projector_output_dim": 64, "intermediate_size": 256}
-POOLED_HEADS = {"text_config.rope_parameters.mrope_section": [3, 3, 2]}
-
-HALVING = [[[3, 96, 96, 1, True]], [[3, 96, 96, 2, False]], [[3, 96, 192, 2, False]], [[3, 192, 384, 2, False]]]
+"""Behind the first of few layers, where the default is behind more layers than there are."""
+HALVING: list[list[list[Any]]] = [
+    [[3, 96, 96, 1, True]],
+    [[3, 96, 96, 2, False]],
+    [[3, 96, 192, 2, False]],
+    [[3, 192, 384, 2, False]],
+]
+"""Every stage halves both sides, as the neck needs; the default backbone is that of another model."""
 
 AGREEING: dict[str, Fields] = {
     "bark": {"codec_config.codebook_dim": 64},
@@ -49,7 +53,7 @@ AGREEING: dict[str, Fields] = {
         "scaled_images_feature_dims": [64, 64, 64],
     },
     "donut-swin": {"window_size": 2},
-    "ernie4_5_vl_moe": POOLED_HEADS,
+    "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [3, 3, 2]},
     "ernie4_5_vl_moe_text": {"rope_parameters.mrope_section": [3, 3, 2]},
     "florence_vision": {
         "embed_dim": [16, 32, 64, 128],
@@ -59,7 +63,7 @@ AGREEING: dict[str, Fields] = {
     "glm46v": {"text_config.rope_parameters.mrope_section": [2, 3, 3]},
     "grounding-dino": GROUNDING,
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
-    "llama4_vision_model": ONE_SIZE,
+    "llama4_vision_model": {"projector_input_dim": 64, "projector_output_dim": 64, "intermediate_size": 256},
     "lw_detr": {
         "num_queries": 10,
         "group_detr": 2,
