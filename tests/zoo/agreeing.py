@@ -28,7 +28,7 @@ HALVING: list[list[list[Any]]] = [
 """Every stage halves both sides, as the neck needs; the default backbone is that of another model."""
 
 AGREEING: dict[str, Fields] = {
-    "bark": {"codec_config.codebook_dim": 64},
+    "bark": {"codec_config.codebook_dim": 64, "codec_config.num_filters": 4},
     "blip-2": {"image_token_index": 255},
     "chmv2": {
         **FOUR_LAYERS,
