@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from .catalog import architectures
+from .packages import fetch
 from .pool import run_all
 from .table import write_table
 
@@ -27,6 +28,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no such architecture in the installed transformers: {', '.join(sorted(unknown))}")
     chosen = [a for a in everything if not options.names or a.name in options.names]
+    fetch()
     run_all(chosen, options.results, options.again)
     if not options.names:
         write_table(everything, options.results, ROOT / "docs" / "zoo.md")

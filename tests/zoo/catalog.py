@@ -67,8 +67,39 @@ def model_classes(architecture: Architecture) -> Iterator[Any]:
         if found is not None:
             seen.add(name)
             yield found
-    module = importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
+    try:
+        module = importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
+    except ModuleNotFoundError as error:
+        if seen and error.name == config.__module__.replace(".configuration_", ".modeling_"):
+            return  # it borrows the model classes of another architecture
+        raise
     for name, found in inspect.getmembers(module, inspect.isclass):
         takes = getattr(found, "config_class", None) is config and issubclass(found, transformers.PreTrainedModel)
         if takes and name not in seen and "forward" in vars(found):
             yield found
+
+
+def wholes(architecture: Architecture) -> list[Architecture]:
+    """Returns the architectures of the same package whose configs hold the config of this one, the smallest first."""
+    config = config_class(architecture)
+    package = config.__module__.rpartition(".")[0]
+    found = {}
+    for other in architectures():
+        if other.model_classes and package_of(other) == package:
+            parts = _parts(config_class(other))
+            if config in parts and config_class(other) is not config:
+                found[other] = len(parts)
+    return sorted(found, key=lambda other: found[other])
+
+
+def package_of(architecture: Architecture) -> str:
+    """Returns the package of transformers that its config class comes from, without an import."""
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    return f"transformers.models.{model_type_to_module_name(architecture.name)}"
+
+
+def _parts(config: Any) -> list[Any]:
+    """Returns the classes of all configs within a config class, at any depth."""
+    inside = [part for part in getattr(config, "sub_configs", {}).values() if inspect.isclass(part)]
+    return [*inside, *(deeper for part in inside if part is not config for deeper in _parts(part))]

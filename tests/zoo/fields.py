@@ -37,7 +37,7 @@ FIXED: dict[str, dict[str, int]] = {
         global_hidden_size encoder_embed_dim decoder_embed_dim patch_embed_hidden_size proj_dim
         memory_attention_hidden_size memory_encoder_hidden_size memory_fuser_embed_dim mask_downsampler_embed_dim
         iou_head_hidden_dim output_dim projection_size project_dim query_proj_size attention_hidden_size
-        upsample_groups""",
+        upsample_groups adapter_in_dim adapter_input_size""",
     ),
     "inner": names(
         128,

@@ -18,6 +18,7 @@ SECONDS = 90
 BYTES = 12 << 30
 # What most modeling files import: loaded once in the server from which every worker is forked.
 PRELOAD = [
+    "tests.zoo.preload",
     "tests.zoo.pool",
     "tests.zoo.lifecycle",
     "tests.zoo.specimen",
@@ -44,6 +45,7 @@ def examine(architecture: Architecture) -> dict[str, Any]:
         "dtype": str(specimen.model.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in specimen.model.parameters()),
         "inputs": sorted(specimen.inputs),
+        "whole": specimen.whole,
     }
     try:
         return found | {"state": "pass"} | asdict(live(specimen.model, specimen.inputs))

@@ -104,7 +104,7 @@ def _by_layer(value: Any, count: int) -> bool:
 
 
 def _at(by_layer: dict[Any, Any], index: int) -> Any:
-    return by_layer.get(index, by_layer.get(str(index)))
+    return next((value for key, value in by_layer.items() if int(key) == index), None)
 
 
 def _renumbered(by_layer: dict[Any, Any], kept: list[int]) -> dict[Any, Any]:

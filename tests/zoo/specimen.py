@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from .build import build, small_config
 from .called import with_forward
-from .catalog import Architecture, model_classes
+from .catalog import Architecture, config_class, model_classes, wholes
 from .exceptions import EXCEPTIONS, Exception_
 from .given import GIVEN
+from .handed import handed
 from .inputs import candidates, repaired
 from .running import run
 
@@ -32,10 +36,15 @@ class Missing(Exception):
 
 @dataclass
 class Specimen:
-    """A model in eval mode and keyword inputs in its dtype."""
+    """A model in eval mode and keyword inputs in its dtype.
+
+    Attributes:
+        whole: the architecture that this is a model of, where it is one around the part that was asked for.
+    """
 
     model: Any
     inputs: dict[str, Any]
+    whole: str = ""
 
 
 @dataclass
@@ -44,10 +53,15 @@ class _Search:
 
     building: list[str] = field(default_factory=list)
     running: list[str] = field(default_factory=list)
+    default: str = ""
 
     def missing(self) -> Missing:
         if self.running:
             return Missing("not run", self.running)
+        if self.default:
+            return Missing(
+                "not built", [f"transformers' own default config fails, too: {self.default}", *self.building]
+            )
         return Missing("not built", self.building or ["transformers has no model class that takes this config alone"])
 
 
@@ -61,11 +75,78 @@ def find(architecture: Architecture) -> Specimen:
     if exception is not None and exception.skip:
         raise Missing("not built", [exception.skip])
     search = _Search()
+    found = _first(architecture, search)
+    if found is None:
+        found = _within(architecture)
+    if found is None:
+        search.default = _default_fails(architecture) if search.building and not search.running else ""
+        raise search.missing()
+    return found
+
+
+def _default_fails(architecture: Architecture) -> str:
+    """Returns how the model fails whose config is made without any argument; an empty string where it builds."""
+    try:
+        with torch.device("meta"):
+            next(model_classes(architecture))._from_config(config_class(architecture)())
+    except Exception as error:
+        return brief(error)
+    return ""
+
+
+def _first(architecture: Architecture, search: _Search) -> Specimen | None:
+    exception = EXCEPTIONS.get(architecture.name)
     for model in _models(architecture, search):
         inputs = _inputs_for(architecture, model, search)
         if inputs is not None:
             return Specimen(model, inputs) if exception and not exception.sharp else sharpened(model, inputs)
-    raise search.missing()
+    return None
+
+
+def _within(architecture: Architecture) -> Specimen | None:
+    """Returns a specimen of the smallest architecture that builds a part from the config of this one, and runs it."""
+    for whole in wholes(architecture)[:MOST_CLASSES]:
+        with built_from(config_class(architecture)) as classes:
+            found = _first(whole, _Search())
+        if found is not None and _runs(found, classes):
+            return replace(found, whole=whole.name)
+    return None
+
+
+@contextlib.contextmanager
+def built_from(config: Any) -> Iterator[set[type]]:
+    """Collects the classes of the modules, whole models apart, that read a setting from a config of this class."""
+    classes: set[type] = set()
+    original = config.__getattribute__
+
+    def noted(self: Any, name: str) -> Any:
+        caller = sys._getframe(1)
+        if caller.f_globals.get("__name__", "").startswith("transformers.models."):
+            module = caller.f_locals.get("self")
+            if isinstance(module, torch.nn.Module) and not isinstance(module, PreTrainedModel):
+                classes.add(type(module))
+        return original(self, name)
+
+    own = "__getattribute__" in vars(config)
+    config.__getattribute__ = noted
+    try:
+        yield classes
+    finally:
+        if own:
+            config.__getattribute__ = original
+        else:
+            del config.__getattribute__
+
+
+def _runs(specimen: Specimen, classes: set[type]) -> bool:
+    """Says whether a module of one of these classes is called when the model runs."""
+    called: list[type] = []
+    modules = [module for module in specimen.model.modules() if type(module) in classes]
+    hooks = [module.register_forward_hook(lambda m, *_: called.append(type(m))) for module in modules]
+    run(specimen.model, specimen.inputs)
+    for hook in hooks:
+        hook.remove()
+    return bool(called)
 
 
 def _models(architecture: Architecture, search: _Search) -> Iterator[Any]:
@@ -98,7 +179,7 @@ def _inputs_for(architecture: Architecture, model: Any, search: _Search) -> dict
     problem = ""
     given = GIVEN.get(architecture.name)
     try:
-        tries = repaired(model, given(model.config)) if given else candidates(model)
+        tries = repaired(model, given(model.config)) if given else _tries(model)
         while True:
             inputs = tries.send(problem) if problem else next(tries)
             problem = problem_with(model, inputs)
@@ -106,10 +187,17 @@ def _inputs_for(architecture: Architecture, model: Any, search: _Search) -> dict
                 return inputs
             search.running.append(f"{type(model).__name__} on {', '.join(inputs) or 'nothing'}: {problem}")
     except StopIteration:
+        if not problem:
+            search.running.append(f"the zoo has no inputs for {type(model).__name__}")
         return None
     except Exception as error:
         search.running.append(f"no inputs for {type(model).__name__}: {brief(error)}")
         return None
+
+
+def _tries(model: Any) -> Generator[dict[str, Any], str, None]:
+    yield from handed(model)
+    yield from candidates(model)
 
 
 def problem_with(model: Any, inputs: Mapping[str, Any]) -> str:

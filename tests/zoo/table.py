@@ -49,6 +49,8 @@ The *merge error* is the largest difference between merged and unmerged outputs,
 *Computed* weights come out of others (weight_norm, parametrize). They are adapted under a second name and go through
 every step but the merge, which lora_inject refuses there: nothing could be written that the next call would not
 compute anew. *Untied* parameters were shared and had memory of their own while merged.
+Where a part has no model class that takes its config alone, or needs what only the whole gives it, a model *around it*
+lives the life: a whole that is seen to build modules from the part's config, and to call them when it runs.
 """
 
 
@@ -87,7 +89,8 @@ def _passed(rows: Mapping[str, Result]) -> str:
         counts = {key: len(row[key]) for key in ("silent", "computed", "untied", "refused")}
         notes = ", ".join(f"{count} {key}" for key, count in counts.items() if count)
         error = f"{row['merge_error']:.0e} ({row['dtype']})"
-        lines.append(f"| {name} | {row['model']} | {row['parameters']} | {row['sites']} | {notes} | {error} |")
+        model = f"{row['model']} around it" if row.get("whole") else row["model"]
+        lines.append(f"| {name} | {model} | {row['parameters']} | {row['sites']} | {notes} | {error} |")
     return "\n".join(lines) + "\n"
 
 
