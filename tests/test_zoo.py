@@ -18,6 +18,7 @@ from tests.zoo.given import GIVEN
 from tests.zoo.lifecycle import Failure, live
 from tests.zoo.pool import examine
 from tests.zoo.shrink import shrink
+from tests.zoo.specimen import Specimen, find, runs
 from tests.zoo.table import MEANINGS, render
 
 FAMILIES = {
@@ -129,6 +130,33 @@ def test_shrinking_keeps_one_layer_of_every_kind():
     }
 
 
+def test_shrinking_keeps_what_single_layers_change():
+    """Numbers of layers are written with a leading zero in what transformers calls the config of a layer."""
+    kinds = ["slide", "slide", "slide", "full"]
+    small = shrink({"num_hidden_layers": 4, "layer_types": kinds, "per_layer_config": {"03": {"head_dim": 512}}})
+    assert small["layer_types"] == ["slide", "full"]
+    assert small["per_layer_config"] == {"1": {"head_dim": 16}}
+
+
+class HoldsMore(Named):
+    """Holds a module that it does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.idle = nn.Bilinear(4, 4, 4)
+
+
+def test_a_whole_counts_only_where_it_calls_the_part():
+    specimen = Specimen(HoldsMore(), {"x": torch.randn(3, 4)})
+    assert runs(specimen, {nn.Linear})
+    assert not runs(specimen, {nn.Bilinear})
+
+
+@pytest.mark.zoo
+def test_a_part_without_a_class_of_its_own_lives_in_a_whole(by_name):
+    assert find(by_name["sam_mask_decoder"]).whole == "sam"
+
+
 def test_the_table_has_every_architecture_and_its_reason():
     passed = {"state": "pass", "model": "A", "parameters": 9, "sites": 3, "merge_error": 2e-16, "dtype": "float64"}
     lists = {"silent": ["x"], "computed": [], "untied": ["y", "z"], "refused": {}}
@@ -141,7 +169,7 @@ def test_the_table_has_every_architecture_and_its_reason():
     page = render(rows)
     assert "| alpha | A | 9 | 3 | 1 silent, 2 untied | 2e-16 (float64) |" in page
     assert "| beta | not built | BetaModel has 90 M parameters even when shrunk; the limit is 40 M |" in page
-    assert "| gamma | not built | needs the package timm, which is not among the zoo's |" in page
+    assert "| gamma | not built | needs the package timm, which is not among those of the zoo |" in page
     assert r"| delta | fail | merge: a \| b |" in page
     for state, count in {"pass": 1, "fail": 1, "not run": 0, "not built": 2}.items():
         assert f"| {state} | {count} | {MEANINGS[state]} |" in page

@@ -277,6 +277,7 @@ TABLE: dict[str, Callable[[Any], Inputs]] = {
     "Blt(Model|ForCausalLM)": _uncached,
     "DeepseekOcr2VisionEncoder": _embedded,
     "Dots3NoteAudioModel": _waves,
+    "Emu3(Model|ForConditionalGeneration)": _pictured,
     "FunAsrNanoEncoder": _stacked,
     "Gemma3nAudioEncoder": _heard,
     "Gemma4AssistantForCausalLM": _shared,

@@ -108,7 +108,7 @@ def _within(architecture: Architecture) -> Specimen | None:
     for whole in wholes(architecture)[:MOST_CLASSES]:
         with built_from(config_class(architecture)) as classes:
             found = _first(whole, _Search())
-        if found is not None and _runs(found, classes):
+        if found is not None and runs(found, classes):
             return replace(found, whole=whole.name)
     return None
 
@@ -138,7 +138,7 @@ def built_from(config: Any) -> Iterator[set[type]]:
             del config.__getattribute__
 
 
-def _runs(specimen: Specimen, classes: set[type]) -> bool:
+def runs(specimen: Specimen, classes: set[type]) -> bool:
     """Says whether a module of one of these classes is called when the model runs."""
     called: list[type] = []
     modules = [module for module in specimen.model.modules() if type(module) in classes]

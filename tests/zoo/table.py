@@ -20,6 +20,12 @@ MEANINGS = {
     "not run": "it builds, but the zoo has no inputs on which it runs, or its own results cannot be compared",
     "not built": "the zoo has no small model of it here",
 }
+TRIED = {
+    "detectron2": "of which pip finds no release",
+    "natten": "of which pip finds no release here",
+    "torchaudio": "whose Linux wheels load beside a CUDA build of torch only",
+}
+"""What came of installing a package that model code asks for."""
 HEAD = """\
 # The zoo
 
@@ -105,7 +111,8 @@ def reason(row: Result) -> str:
     why = str(row["why"])
     package = re.search(r"requires the (\w+) library|No module named '(\w+)'", why)
     if package is not None:
-        return f"needs the package {package[1] or package[2]}, which is not among the zoo's"
+        name = package[1] or package[2]
+        return f"needs the package {name}, {TRIED.get(name, 'which is not among those of the zoo')}"
     if "No module named 'transformers.models." in why:
         return "transformers has a config and no modeling file for it"
     if row["state"] == "fail":
