@@ -139,7 +139,9 @@ EXCEPTIONS: dict[str, Exception_] = {
     "edgetam_video": replace(HIERA_VIDEO, set={**HIERA_VIDEO.set, "perceiver_resampler_num_latents_2d": 4}),
     "edgetam_vision_model": Exception_(set=REPVIT),
     "efficientnet": Exception_(start={"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320}),
-    "emu3": Exception_(start={"vocabulary_map": EMU_TOKENS}, set={"vq_config.base_channels": 16}),
+    "emu3": Exception_(
+        start={"vocabulary_map": EMU_TOKENS}, set={"vq_config.base_channels": 32, "vq_config.hidden_size": 128}
+    ),
     "esm": Exception_(start={"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32}),
     "esmfold2": Exception_(
         set={
