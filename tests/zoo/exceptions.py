@@ -58,7 +58,7 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SOME_EXPERTS = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
 SOME_SPARSE = {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"] * 16}
 SHORT_CODEC = {"num_filters": 8, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]}
-EMU_TOKENS = {"<image>": 250, "<|extra_200|>": 249, "<|visual token 000000|>": 4}
+EMU_TOKENS = {"<image>": 250, "<|extra_200|>": 249} | {f"<|visual token {n:06}|>": 4 + n for n in range(4)}
 ALL_SHARED = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 30}
 INDEXER = {
     "indexer_n_heads": 4,
@@ -140,7 +140,8 @@ EXCEPTIONS: dict[str, Exception_] = {
     "edgetam_vision_model": Exception_(set=REPVIT),
     "efficientnet": Exception_(start={"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320}),
     "emu3": Exception_(
-        start={"vocabulary_map": EMU_TOKENS}, set={"vq_config.base_channels": 32, "vq_config.hidden_size": 128}
+        start={"vocabulary_map": EMU_TOKENS},
+        set={"vq_config.base_channels": 32, "vq_config.hidden_size": 128, "vq_config.codebook_size": 4},
     ),
     "esm": Exception_(start={"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32}),
     "esmfold2": Exception_(
