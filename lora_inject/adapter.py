@@ -145,12 +145,15 @@ class Adapter(nn.Module, abc.ABC):
 
     @classmethod
     def members(cls, base: type) -> dict[str, Any]:
-        """Returns further members that the class of a host needs, to keep what its base derives from its children."""
+        """Returns further members that hosts of this base need, whichever adapters they carry; none for other bases.
+
+        They keep right what a base derives from its parameters or children: a list of its weights, a walk.
+        """
         return {}
 
     @classmethod
     def settle(cls, module: nn.Module) -> None:
-        """Brings what the base keeps beside its parameters up to date, once the last adapter is gone."""
+        """Brings what a base with `members` keeps beside its parameters up to date, once the last adapter is gone."""
 
     @classmethod
     def knows_forward(cls, module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copyreg
 import types
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .bulk import init_module
 from .errors import StateError, UnsupportedError
 from .keeping import Kept
 from .offload import host_forward, host_hook
+from .registry import source_of
 from .tree import INNER
 
 
@@ -198,7 +199,7 @@ def host_class(
         base: the class that the module has now.
         names: the adapted parameters, which become properties.
         family: the adapter class that knows the base's forward, or None where that runs itself.
-        source: the adapter class that brings further members, or None.
+        source: the adapter class that brings the further members that hosts of this base need, or None.
     """
     key = (base, names, family, source)
     made = _host_classes.get(key)
@@ -251,19 +252,26 @@ def family_for(adapter_class: type[Adapter], module: nn.Module) -> type[Adapter]
 def class_for(module: nn.Module, adapter: Adapter) -> type:
     """Returns the host class that the module has with this adapter added."""
     kind = type(adapter)
-    if isinstance(module, Host):
-        names = tuple(dict.fromkeys((*module.lora_names, *adapter.updates)))
-        family, source = module.lora_family, module.lora_source
-        if not adapter.readable and family is None:
-            # Who reads the weight would miss it, so the host must act on the output from now on.
-            family, source = family_for(kind, module), source or _source(kind, module.lora_base)
-        known = module.lora_base, names, family, source
-        return type(module) if known == recipe_of(module) else host_class(*known)
-    return host_class(type(module), adapter.updates, family_for(kind, module), _source(kind, type(module)))
+    if not isinstance(module, Host):
+        base = type(module)
+        return host_class(base, adapter.updates, family_for(kind, module), source_of(base))
+    family = module.lora_family
+    if not adapter.readable and family is None:
+        # Who reads the weight would miss it, so the host must act on the output from now on.
+        family = family_for(kind, module)
+    return _class_with(module, (*module.lora_names, *adapter.updates), family)
 
 
-def _source(kind: type[Adapter], base: type) -> type[Adapter] | None:
-    return kind if kind.members(base) else None
+def _class_without(host: Host, left: Collection[Any]) -> type:
+    """Returns the host class for the adapters that are left: nothing of those that went binds those to come."""
+    family = host.lora_family
+    served = family is not None and any(isinstance(adapter, family) for adapter in left)
+    return _class_with(host, [name for adapter in left for name in adapter.updates], family if served else None)
+
+
+def _class_with(host: Host, names: Iterable[str], family: type[Adapter] | None) -> type:
+    known = host.lora_base, tuple(dict.fromkeys(names)), family, host.lora_source
+    return type(host) if known == recipe_of(host) else host_class(*known)
 
 
 def _swap(module: nn.Module, cls: type) -> None:
@@ -286,11 +294,16 @@ def detach(module: nn.Module, name: str, parameter: str | None = None) -> Adapte
     """Takes one adapter out and returns it with its weights; the last one out gives the module its class back."""
     inner: Any = module._modules[INNER]
     adapter: Adapter = inner._modules.pop(slot(name, parameter))
-    if not inner._modules:
-        _swap(module, base_class(module))
-        del module._modules[INNER]
+    if inner._modules:
+        _swap(module, _class_without(module, inner._modules.values()))  # type: ignore[arg-type]
         drop_stale_forward(module)
-        adapter.settle(module)
+        return adapter
+    source = module.lora_source
+    _swap(module, base_class(module))
+    del module._modules[INNER]
+    drop_stale_forward(module)
+    if source is not None:
+        source.settle(module)  # type: ignore[union-attr, operator]
     return adapter
 
 
@@ -301,7 +314,7 @@ def drop_stale_forward(module: nn.Module) -> None:
     when its hook goes.
     """
     for key, value in list(module.__dict__.items()):
-        if getattr(value, "__func__", None) is OutputHost.forward:
+        if getattr(value, "__func__", None) is OutputHost.forward and not isinstance(module, OutputHost):
             if key == "forward":
                 del module.__dict__[key]
             else:

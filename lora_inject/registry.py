@@ -107,6 +107,14 @@ def adapter_for_parameter(module: nn.Module, name: str) -> type[Adapter] | None:
     return None
 
 
+def source_of(base: type) -> type[Adapter] | None:
+    """Returns the class that brings further members for hosts of a base class, whichever adapters they carry."""
+    for known in registered():
+        if known.members(base):
+            return known
+    return None
+
+
 def by_kind(kind: object) -> type[Adapter]:
     """Returns the registered class of that kind, or the class itself.
 

@@ -136,14 +136,6 @@ def test_beside_a_whole_block_both_act_in_either_order(order, merged):
 
 
 def test_a_block_of_steps_with_a_parameter_of_its_own_still_walks_its_steps_alone():
-    class Scaled(nn.Sequential):
-        def __init__(self, *steps: nn.Module) -> None:
-            super().__init__(*steps)
-            self.gain = nn.Parameter(torch.ones(4))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) * self.gain
-
     torch.manual_seed(0)
     model, x = nn.Sequential(Scaled(nn.Linear(4, 4), nn.Tanh())), torch.randn(3, 4)
     base = copy.deepcopy(model).double()
@@ -177,3 +169,90 @@ def test_a_block_whose_output_the_path_does_not_fit_is_an_error_and_no_broadcast
         model(torch.randn(3, 1, 8))
     with li.disabled(model):
         model(torch.randn(3, 1, 8))
+
+
+BLOCK = {"adapter": "block", "in_features": 8, "out_features": 6}
+
+
+@pytest.mark.parametrize("order", [("first", "whole"), ("whole", "first")])
+@pytest.mark.parametrize(("first", "then"), [("block", "pair"), ("pair", "block")])
+def test_what_has_left_does_not_decide_what_may_come(model, order, first, then):
+    """Blocks and pairs cannot share a host; once one is gone, the other may come, though a third stayed meanwhile."""
+    before, x = snapshot(model), torch.randn(5, 8)
+    base = copy.deepcopy(model[0]).double()
+    targets = {"block": li.Target("0", **BLOCK), "pair": "0", "whole": li.Target("0.bias", **FULL)}
+    for name in order:
+        li.inject(model, targets[first if name == "first" else name], name=name, rank=2, alpha=6)
+    p = fill(model)
+    if order[0] == "first":
+        with pytest.raises(li.UnsupportedError, match=f"beside which '{'linear' if then == 'pair' else 'block'}'"):
+            li.inject(model, targets[then], name="then", rank=2)
+    li.uninject(model, "first")
+    bias = base.bias + 3 * p["0.adapters.whole@bias.lora_dense"]
+    assert torch.allclose(model[0](x).double(), nn.functional.linear(x.double(), base.weight, bias), atol=1e-5)
+    assert model[0].weight is model[0]._parameters["weight"]
+    li.inject(model, targets[then], name="then", rank=2, alpha=6)
+    p = fill(model)
+    bias = base.bias + 3 * p["0.adapters.whole@bias.lora_dense"]
+    path = 3 * x.double() @ p["0.adapters.then.lora_A"].T @ p["0.adapters.then.lora_B"].T
+    wanted = nn.functional.linear(x.double(), base.weight, bias) + path
+    assert torch.allclose(model[0](x).double(), wanted, atol=1e-5)
+    assert torch.allclose(copy.deepcopy(model)[0](x).double(), wanted, atol=1e-5)
+    li.uninject(model)
+    assert_same(before, model)
+
+
+def test_a_hook_that_was_added_meanwhile_calls_what_the_host_is_now(model):
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    before, x, base = snapshot(model), torch.randn(5, 8), copy.deepcopy(model[0]).double()
+    li.inject(model, li.Target("0", **BLOCK), name="block", rank=2)
+    li.inject(model, li.Target("0.bias", **FULL), name="whole")
+    p = fill(model)
+    add_hook_to_module(model[0], ModelHook())
+    li.uninject(model, "block")
+    bias = base.bias + p["0.adapters.whole@bias.lora_dense"]
+    wanted = nn.functional.linear(x.double(), base.weight, bias)
+    assert torch.allclose(model[0](x).double(), wanted, atol=1e-5)
+    li.uninject(model)
+    remove_hook_from_module(model[0])
+    del model[0].forward
+    assert_same(before, model)
+
+
+class Scaled(nn.Sequential):
+    """A chain of steps with a parameter of its own."""
+
+    def __init__(self, *steps: nn.Module) -> None:
+        super().__init__(*steps)
+        self.gain = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.gain
+
+
+def test_a_chain_whose_own_parameter_alone_is_trained_walks_its_steps_alone():
+    model, x = nn.Sequential(Scaled(nn.Linear(4, 4), nn.Tanh())), torch.randn(3, 4)
+    base, before = copy.deepcopy(model).double(), snapshot(model)
+    li.inject(model, li.Target("0.gain", **FULL))
+    gain = 1 + fill(model)["0.adapters.default@gain.lora_dense"]
+    assert len(model[0]) == 2 and list(model[0]) == [model[0][0], model[0][1]]
+    assert torch.allclose(model(x).double(), base(x.double()) * gain, atol=1e-5)
+    li.uninject(model)
+    assert_same(before, model)
+
+
+@pytest.mark.parametrize("name", ["weight_hh_l0", "bias_ih_l0"])
+def test_a_recurrent_network_keeps_no_trace_of_a_whole_update_in_its_list_of_weights(name):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.LSTM(4, 3)), torch.randn(5, 2, 4)
+    base, before = copy.deepcopy(model), snapshot(model)
+    li.inject(model, li.Target(f"0.{name}", **FULL))
+    p = fill(model)
+    with torch.no_grad():
+        getattr(base[0], name).add_(p[f"0.adapters.default@{name}.lora_dense"].float())
+    assert torch.allclose(model(x)[0], base(x)[0], atol=1e-5)
+    assert torch.allclose(copy.deepcopy(model)(x)[0], base(x)[0], atol=1e-5)
+    li.uninject(model)
+    assert all(one is two for one, two in zip(model[0]._flat_weights, model[0].parameters(), strict=True))
+    assert_same(before, model)

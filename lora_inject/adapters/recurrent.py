@@ -49,8 +49,8 @@ class RecurrentAdapter(ParameterAdapter):
 
     @classmethod
     def members(cls, base: type) -> dict[str, Any]:
-        """The list of weights as a view."""
-        return {"_flat_weights": _FLAT}
+        """For recurrent networks: the list of weights as a view."""
+        return {"_flat_weights": _FLAT} if issubclass(base, nn.RNNBase) else {}
 
     @classmethod
     def settle(cls, module: nn.Module) -> None:
