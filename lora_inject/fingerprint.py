@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
@@ -35,6 +35,7 @@ def fingerprint(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
 
     Raises:
         StateError: the weight is on the meta device, and nothing says where its numbers are.
+        UnsupportedError: it is offloaded and quantized in a way that loses what its numbers are made from.
     """
     return fingerprints([(node, names)])[0]
 
@@ -62,16 +63,21 @@ def _original(node: Node, name: str) -> Tensor:
     if type(plain) is nn.Parameter and not merged and not plain.is_meta:
         return plain
     found: Tensor = unmerged_tensor(module, name)
-    stored = stored_weight(module) if not merged and name == "weight" and not found.is_meta else None
+    away = _away(node, name) if found.is_meta else None
+    stored = stored_weight(module, away) if not merged and name == "weight" else None
     if stored is not None:
         return stored.dequantized()
-    if not found.is_meta:
-        return found
-    if node.away is None:
+    return found if away is None else away(name)
+
+
+def _away(node: Node, name: str) -> Callable[[str], Tensor]:
+    """Returns what gives the module's tensors from where accelerate keeps them."""
+    place = node.away
+    if place is None:
         raise StateError(
             f"{node.key}{name} is on the meta device, so the base cannot be recognised by its numbers: load its weights"
         )
-    return node.away.tensor(node.key + name)
+    return lambda own: place.tensor(node.key + own)
 
 
 def _everything(block: Node) -> list[Tensor]:

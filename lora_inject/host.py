@@ -242,11 +242,24 @@ def is_outermost(host: Host) -> bool:
 def family_for(adapter_class: type[Adapter], module: nn.Module) -> type[Adapter] | None:
     """Returns the class whose `base_forward` serves the module, or None where its own forward must run.
 
-    A forward set on the instance (accelerate's hooks, some patchers) is unknown to the adapter class, and calls the
-    base's forward, which reads the properties.
+    A forward set on the instance (by some patchers) is unknown to the adapter class, and calls the base's forward, which
+    reads the properties. Of accelerate's hooks it is known what they call, so that the host's forward can stand there
+    for those whose update no reader sees.
     """
-    known = "forward" not in module.__dict__ and adapter_class.knows_forward(module)
-    return adapter_class if known else None
+    replaced = "forward" in module.__dict__ and (adapter_class.readable or not _is_hooked(module))
+    return adapter_class if not replaced and adapter_class.knows_forward(module) else None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Says whether the instance's forward is that of a hook of accelerate, which calls the forward of the class."""
+    own = module.__dict__
+    hook, called = getattr(own.get("forward"), "func", None), own.get("_old_forward")
+    return (
+        getattr(hook, "__module__", None) == "accelerate.hooks"
+        and isinstance(called, types.MethodType)
+        and called.__self__ is module
+        and called.__func__ is type(module).forward
+    )
 
 
 def class_for(module: nn.Module, adapter: Adapter) -> type:
@@ -283,11 +296,13 @@ def attach(module: nn.Module, name: str, adapter: Adapter) -> None:
     """Puts an adapter into a module and makes it a host if it is none yet; all checks lie behind the caller."""
     if adapter.training != module.training:
         adapter.train(module.training)
-    swapped = class_for(module, adapter)
+    swapped, hooked = class_for(module, adapter), _is_hooked(module)
     if not isinstance(module, Host):
         module._modules[INNER] = Adapters(module.training)
     module._modules[INNER]._modules[slot(name, adapter.parameter)] = adapter  # type: ignore[union-attr]
     _swap(module, swapped)
+    if hooked and isinstance(module, OutputHost):
+        module.__dict__["_old_forward"] = types.MethodType(OutputHost.forward, module)
 
 
 def detach(module: nn.Module, name: str, parameter: str | None = None) -> Adapter:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,12 +16,16 @@ from torch import Tensor, nn
 from .errors import UnsupportedError
 
 
+Away = Callable[[str], Tensor]
+"""Gives the tensors of a module that is offloaded, by their names in it."""
+
+
 class Stored(abc.ABC):
     """The quantized weight of a linear layer as it is now: W (out_features, in_features) and how it is held."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, away: Away | None = None) -> None:
         self.module = module
-        self.weight = module._parameters["weight"]
+        self.weight = module._parameters["weight"] if away is None else away("weight")
 
     @property
     def format(self) -> str:
@@ -88,9 +92,12 @@ class TorchAO(Stored):
 class Int8(Stored):
     """`Linear8bitLt` of bitsandbytes: W = CB * SCB / 127, a scale per row. Its first forward moves both elsewhere."""
 
-    def __init__(self, module: Any) -> None:
-        super().__init__(module)
-        self.scale = self.weight.SCB if self.weight.SCB is not None else module.state.SCB
+    def __init__(self, module: Any, away: Away | None = None) -> None:
+        super().__init__(module, away)
+        if away is not None:
+            self.scale = away("SCB")
+        else:
+            self.scale = self.weight.SCB if self.weight.SCB is not None else module.state.SCB
 
     def dequantized(self) -> Tensor:
         return self.weight.data.float() * (self.scale.float()[:, None] / 127)  # type: ignore[no-any-return]
@@ -109,8 +116,13 @@ class Int8(Stored):
 class Int4(Stored):
     """`Linear4bit` of bitsandbytes: packed, with a table of values and scales per block in `quant_state`."""
 
-    def __init__(self, module: Any) -> None:
-        super().__init__(module)
+    def __init__(self, module: Any, away: Away | None = None) -> None:
+        super().__init__(module, away)
+        if away is not None:
+            raise UnsupportedError(
+                "its weight was quantized to 4 bits by bitsandbytes and offloaded by accelerate, which does not bring "
+                "the scales back: keep this layer on a device"
+            )
         self.state = self.weight.quant_state
 
     def dequantized(self) -> Tensor:
@@ -139,8 +151,16 @@ class Int4(Stored):
 _BITSANDBYTES: dict[str, type[Stored]] = {"Int8Params": Int8, "Params4bit": Int4}
 
 
-def stored_weight(module: nn.Module) -> Stored | None:
-    """Returns how the weight of a linear layer is quantized, or None where it is not."""
+def stored_weight(module: nn.Module, away: Away | None = None) -> Stored | None:
+    """Returns how the weight of a linear layer is quantized, or None where it is not.
+
+    Args:
+        module: any module.
+        away: gives its tensors where it is offloaded and its own are on the meta device.
+
+    Raises:
+        UnsupportedError: it is offloaded in a way that loses what its numbers are made from.
+    """
     if not isinstance(module, nn.Linear):
         return None
     weight: Any = module._parameters.get("weight")
@@ -148,6 +168,6 @@ def stored_weight(module: nn.Module) -> Stored | None:
         return None
     library, name = type(weight).__module__.partition(".")[0], type(weight).__name__
     if library == "torchao" and hasattr(weight, "dequantize"):
-        return TorchAO(module)
+        return TorchAO(module, away)
     is_packed = library == "bitsandbytes" and weight.dtype in (torch.int8, weight.__dict__.get("quant_storage"))
-    return _BITSANDBYTES[name](module) if is_packed and name in _BITSANDBYTES else None
+    return _BITSANDBYTES[name](module, away) if is_packed and name in _BITSANDBYTES else None

@@ -135,8 +135,8 @@ def _check_class(module: nn.Module, adapter_class: type[Adapter], names: tuple[s
     family = family_for(adapter_class, module)
     if family is None and not (names and adapter_class.readable):
         raise UnsupportedError(
-            "its forward was replaced on the instance (by accelerate's hooks, say), past which an adapter of a whole "
-            "block or of a quantized weight cannot act: remove the hook, inject, and add the hook again"
+            "its forward was replaced on the instance, past which an adapter of a whole block or of a quantized weight "
+            "cannot act: take that forward away, inject, and put it there again"
         )
     if not isinstance(module, Host):
         return

@@ -220,6 +220,42 @@ def test_a_hook_that_was_added_meanwhile_calls_what_the_host_is_now(model):
     assert_same(before, model)
 
 
+@pytest.mark.parametrize("beside", [(), ("pair",), ("whole",)])
+def test_a_whole_block_takes_its_place_behind_a_hook_of_accelerate(beside):
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Doubling(ModelHook):
+        def pre_forward(self, module, x):
+            return (2 * x,), {}
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(5, 8)
+    base = copy.deepcopy(model[0]).double()
+    add_hook_to_module(model[0], Doubling())
+    before = snapshot(model)
+    targets = {"pair": "0", "whole": li.Target("0.weight", **FULL)}
+    for name in beside:
+        li.inject(model, targets[name], name=name, rank=2, alpha=6)
+    li.inject(model, li.Target("0", **BLOCK), name="block", rank=2, alpha=6)
+    p = fill(model)
+    weight = base.weight
+    if "pair" in beside:
+        weight = weight + 3 * p["0.adapters.pair.lora_B"] @ p["0.adapters.pair.lora_A"]
+    if "whole" in beside:
+        weight = weight + 3 * p["0.adapters.whole@weight.lora_dense"]
+    met = 2 * x.double()
+    without = nn.functional.linear(met, weight, base.bias)
+    path = 3 * met @ p["0.adapters.block.lora_A"].T @ p["0.adapters.block.lora_B"].T
+    assert torch.allclose(model(x).double(), without + path, atol=1e-5)
+    li.uninject(model, "block")
+    assert torch.allclose(model(x).double(), without, atol=1e-5)
+    if beside:
+        li.uninject(model)
+    assert_same(before, model)
+    remove_hook_from_module(model[0])
+    assert torch.allclose(model(x).double(), base(x.double()), atol=1e-5)
+
+
 class Scaled(nn.Sequential):
     """A chain of steps with a parameter of its own."""
 

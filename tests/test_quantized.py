@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_submodules
 from models import fill, steps
 from snapshot import raw
 from torch import Tensor, nn
@@ -290,10 +292,103 @@ def test_a_reader_of_the_weight_is_found():
     assert not report.ok and [v.path for v in report.dead] == ["inner"] and "not reached" in str(report)
 
 
-def test_a_hooked_quantized_layer_is_refused():
+def hooked(model: nn.Module) -> nn.Module:
+    """Puts on every layer the hook that `device_map="auto"` puts there."""
+    for name in ("0", "2"):
+        add_hook_to_module(model.get_submodule(name), AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    return model
+
+
+def runs(model: nn.Module, x: Tensor) -> bool:
+    """Says whether accelerate brings the weights back by itself."""
+    try:
+        model(x)
+    except NotImplementedError:
+        return False
+    return True
+
+
+@every
+@pytest.mark.parametrize("first", ["hook", "inject"])
+def test_a_layer_with_a_hook_of_accelerate_does_what_one_without_does(make, first, tmp_path):
+    model, twin = make(), injected(make)
+    x = inputs(model)
+    plain_output = model(x)
+    if first == "hook":
+        hooked(model)
+    li.inject(model, ["0", "2"], rank=4, alpha=6, seed=0)
+    if first == "inject":
+        hooked(model)
+    assert torch.equal(model(x), plain_output)
+    fill(model, size=0.2)
+    assert torch.equal(model(x), twin(x))
+    with li.disabled(model):
+        assert torch.equal(model(x), plain_output)
+    assert steps(model, x, 3) == steps(twin, x, 3)
+    one, other = li.export(model, tmp_path / "one"), li.export(twin, tmp_path / "other")
+    assert one.read_bytes() == other.read_bytes()
+    before, wanted = bytes_of(model), model(x)
+    li.merge(model, requantize=True)
+    li.merge(twin, requantize=True)
+    assert torch.equal(model(x), twin(x)) and bytes_of(model) != before
+    li.unmerge(model)
+    assert torch.equal(model(x), wanted) and bytes_of(model) == before
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(x), wanted)
+    li.uninject(model)
+    assert torch.equal(model(x), plain_output)
+    remove_hook_from_submodules(model)
+    assert torch.equal(model(x), plain_output)
+    assert {type(model[0]), type(model[2])} == {type(make()[0])}
+
+
+def test_a_hook_that_goes_leaves_the_adapters_at_work():
+    model, twin = hooked(MAKERS["torchao-int8"]()), injected(MAKERS["torchao-int8"])
+    li.inject(model, ["0", "2"], rank=4, alpha=6, seed=0)
+    fill(model, size=0.2)
+    remove_hook_from_submodules(model)
+    x = inputs(model)
+    assert torch.equal(model(x), twin(x))
+    li.uninject(model)
+    assert torch.equal(model(x), MAKERS["torchao-int8"]()(x)) and "forward" not in model[0].__dict__
+
+
+@every
+def test_an_offloaded_layer_works_where_accelerate_brings_its_weight_back(make, tmp_path):
+    """bitsandbytes' 4-bit weights come back without their scales, with or without adapters."""
+    model, twin = make(), injected(make)
+    x = inputs(model)
+    wanted = twin(x)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    comes_back = runs(model, x)
+    assert comes_back is (getattr(model[0], "quant_state", None) is None)
+    li.inject(model, ["0", "2"], rank=4, alpha=6, seed=0)
+    fill(model, size=0.2)
+    if not comes_back:
+        with pytest.raises(li.UnsupportedError, match="4 bits by bitsandbytes.*keep this layer on a device"):
+            li.export(model, tmp_path / "one")
+        assert not list(tmp_path.iterdir())
+        return
+    assert torch.equal(model(x), wanted)
+    one, other = li.export(model, tmp_path / "one"), li.export(twin, tmp_path / "other")
+    assert one.read_bytes() == other.read_bytes(), "the fingerprint knows the weights that are elsewhere"
+    with pytest.raises(li.UnsupportedError, match=r"0\.weight is on the meta device"):
+        li.merge(model, requantize=True)
+    assert torch.equal(model(x), wanted)
+    li.uninject(model)
+    assert torch.equal(model(x), make()(x))
+
+
+def test_a_forward_that_others_put_on_a_quantized_layer_is_refused():
     model = MAKERS["torchao-int8"]()
     model[0].forward = lambda x: nn.Linear.forward(model[0], x)
-    with pytest.raises(li.UnsupportedError, match=r"0 .*quantized weight cannot act: remove the hook"):
+    with pytest.raises(li.UnsupportedError, match=r"0 .*quantized weight cannot act: take that forward away"):
+        li.inject(model, "0")
+    del model[0].forward
+    add_hook_to_module(model[0], ModelHook())
+    inner = model[0].forward
+    model[0].forward = lambda x: inner(x)
+    with pytest.raises(li.UnsupportedError, match=r"0 .*quantized weight cannot act: take that forward away"):
         li.inject(model, "0")
 
 
