@@ -242,9 +242,9 @@ def is_outermost(host: Host) -> bool:
 def family_for(adapter_class: type[Adapter], module: nn.Module) -> type[Adapter] | None:
     """Returns the class whose `base_forward` serves the module, or None where its own forward must run.
 
-    A forward set on the instance (by some patchers) is unknown to the adapter class, and calls the base's forward, which
-    reads the properties. Of accelerate's hooks it is known what they call, so that the host's forward can stand there
-    for those whose update no reader sees.
+    A forward set on the instance (by some patchers) is unknown to the adapter class, and calls the base's forward,
+    which reads the properties. Of accelerate's hooks it is known what they call, so that the host's forward can stand
+    there for those whose update no reader sees.
     """
     replaced = "forward" in module.__dict__ and (adapter_class.readable or not _is_hooked(module))
     return adapter_class if not replaced and adapter_class.knows_forward(module) else None

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedError
 
-
 Away = Callable[[str], Tensor]
 """Gives the tensors of a module that is offloaded, by their names in it."""
 
@@ -25,7 +24,7 @@ class Stored(abc.ABC):
 
     def __init__(self, module: Any, away: Away | None = None) -> None:
         self.module = module
-        self.weight = module._parameters["weight"] if away is None else away("weight")
+        self.weight: Any = module._parameters["weight"] if away is None else away("weight")
 
     @property
     def format(self) -> str:

@@ -365,7 +365,7 @@ def test_an_offloaded_layer_works_where_accelerate_brings_its_weight_back(make, 
     li.inject(model, ["0", "2"], rank=4, alpha=6, seed=0)
     fill(model, size=0.2)
     if not comes_back:
-        with pytest.raises(li.UnsupportedError, match="4 bits by bitsandbytes.*keep this layer on a device"):
+        with pytest.raises(li.UnsupportedError, match=r"4 bits by bitsandbytes.*keep this layer on a device"):
             li.export(model, tmp_path / "one")
         assert not list(tmp_path.iterdir())
         return
