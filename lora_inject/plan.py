@@ -12,10 +12,10 @@ from torch import nn
 from .bulk import uncollected
 from .config import Injection, SiteConfig, derive, dtype_name
 from .errors import LoraInjectError, TargetError, UnsupportedError, listing
-from .host import base_class
+from .host import base_class, base_tensor
 from .recipe import Recipe
 from .selection import Candidate, Selection
-from .sites import Site, make_site, share_sites
+from .sites import Site, make_site, share_sites, why_not
 from .tables import dims, percent, table
 from .targets import Target, as_targets, is_literal, matcher, nearest_paths
 from .tree import Node, walk
@@ -192,7 +192,11 @@ def _reason_to_skip(candidate: Candidate, excludes: Sequence[Callable[[str], boo
     if candidate.adapter_class is not None:
         return ""
     if candidate.parameter is not None:
-        return "only floating-point parameters of two or three axes can be factored"
+        tensor: Any = base_tensor(candidate.node.module, candidate.parameter)
+        return why_not(tensor, tensor.dtype) or (
+            f"it has {tensor.dim()} axes, and only parameters of two or three can be factored: "
+            'Target(..., adapter="full") trains it as a whole'
+        )
     if isinstance(candidate.node.module, torch.jit.ScriptModule):
         return "a TorchScript module cannot be changed: inject before torch.jit.script or trace"
     return f"no adapter class serves {base_class(candidate.node.module).__name__}"

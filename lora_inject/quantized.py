@@ -160,13 +160,16 @@ def stored_weight(module: nn.Module, away: Away | None = None) -> Stored | None:
     Raises:
         UnsupportedError: it is offloaded in a way that loses what its numbers are made from.
     """
-    if not isinstance(module, nn.Linear):
-        return None
-    weight: Any = module._parameters.get("weight")
+    name = quantized_format(module._parameters.get("weight")) if isinstance(module, nn.Linear) else None
+    return None if name is None else _BITSANDBYTES.get(name, TorchAO)(module, away)
+
+
+def quantized_format(weight: Any) -> str | None:
+    """Returns the class of a tensor that torchao or bitsandbytes has quantized, or None for any other."""
     if type(weight) in (nn.Parameter, torch.Tensor, type(None)):
         return None
     library, name = type(weight).__module__.partition(".")[0], type(weight).__name__
     if library == "torchao" and hasattr(weight, "dequantize"):
-        return TorchAO(module, away)
+        return name
     is_packed = library == "bitsandbytes" and weight.dtype in (torch.int8, weight.__dict__.get("quant_storage"))
-    return _BITSANDBYTES[name](module, away) if is_packed and name in _BITSANDBYTES else None
+    return name if is_packed and name in _BITSANDBYTES else None

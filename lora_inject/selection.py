@@ -96,8 +96,9 @@ class Selection:
         for name, parameter in node.module._parameters.items():
             hits = self._hits(node, name) if parameter is not None else set()
             asked = self._asked(hits)
-            if asked is not None and asked.can_adapt_parameter(node.module, name):
-                yield Candidate(node, name, asked, tuple(sorted(hits)))
+            if asked is not None:
+                served = asked if asked.can_adapt_parameter(node.module, name) else None
+                yield Candidate(node, name, served, tuple(sorted(hits)))
 
     def _parameters(
         self, node: Node, owner: type[Adapter] | None, parts: tuple[str, ...], hits: set[int]
@@ -118,5 +119,5 @@ class Selection:
             elif not served.can_adapt_parameter(node.module, name):
                 served = None
             # A bias or norm that matches only because its module does is not worth a line in the plan.
-            if wanted and (served is not None or not own <= hits):
+            if wanted and (served is not None or name in parts or not own <= hits):
                 yield Candidate(node, name, served, tuple(sorted(wanted)))

@@ -12,6 +12,7 @@ from ..adapter import Adapter, Layout, wide
 from ..config import SiteConfig
 from ..errors import UnsupportedError
 from ..host import base_tensor
+from ..quantized import quantized_format
 from ..registry import register
 
 
@@ -47,14 +48,14 @@ class FullAdapter(Adapter):
 
     @classmethod
     def can_adapt_parameter(cls, module: nn.Module, name: str) -> bool:
-        """Every floating-point parameter."""
+        """Every floating-point parameter that is not quantized."""
         tensor = base_tensor(module, name)
-        return isinstance(tensor, Tensor) and tensor.is_floating_point()
+        return isinstance(tensor, Tensor) and tensor.is_floating_point() and quantized_format(tensor) is None
 
     @classmethod
     def parts(cls, module: nn.Module) -> tuple[str, ...]:
         """All parameters of the module itself, its children's left out."""
-        return tuple(name for name in module._parameters if cls.can_adapt_parameter(module, name))
+        return tuple(module._parameters)
 
     @classmethod
     def touches(cls, extras: Mapping[str, Any]) -> tuple[str, ...]:

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..adapter import Layout, wide
 from ..config import SiteConfig
 from ..errors import UnsupportedError
 from ..factored import ALL, FactoredAdapter
 from ..host import base_tensor
+from ..quantized import quantized_format
 from ..registry import register
 
 
@@ -48,9 +50,14 @@ class ParameterAdapter(FactoredAdapter):
 
     @classmethod
     def can_adapt_parameter(cls, module: nn.Module, name: str) -> bool:
-        """Every floating-point parameter of two or three axes."""
+        """Every floating-point parameter of two or three axes that is not quantized.
+
+        One that has no shape yet may become one: planning refuses it and says how.
+        """
         tensor = base_tensor(module, name)
-        return tensor.dim() in (2, 3) and tensor.is_floating_point()
+        if is_lazy(tensor):
+            return True
+        return tensor.dim() in (2, 3) and tensor.is_floating_point() and quantized_format(tensor) is None
 
     @classmethod
     def touches(cls, extras: Mapping[str, Any]) -> tuple[str, ...]:
