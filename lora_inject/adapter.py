@@ -70,6 +70,8 @@ class Adapter(nn.Module, abc.ABC):
     """Whether the host's parameters hold the update now."""
     shared = False
     """Whether its parameters are those of another adapter too, since both update one tied weight."""
+    absent: tuple[tuple[str, str], ...] = ()
+    """Modules that share its parameters where it was trained, and that this model lacks: paths, and kinds if known."""
     factor = 1.0
     """Product of the open `scaled` contexts."""
     scalings = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ _quoted = json.encoder.encode_basestring_ascii
 _SITE_KEYS = frozenset(("path", "aliases", "adapter", "options", *SITE_OPTIONS))
 _ADDED = {"train_a": True}
 """Options that files of this version did not have at first, and what a file without one means."""
+_SITE_KEYS = frozenset(("path", "aliases", "adapter", "options", "tied", *SITE_OPTIONS))
+_ADDED: dict[str, Any] = {"train_a": True, "tied": {}}
+"""Keys that files of this version did not have at first, and what a file without one means."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,8 @@ class SiteRecord:
         config: the options.
         extras: options of the adapter class alone.
         base: {"shape", "hash"} of the weight that it was trained on.
+        tied: of the aliases, the first path of each further module whose tied weight the pair updates too, and the
+            kind of the class that serves it; files from before it was written tell none.
     """
 
     path: str
@@ -43,6 +48,7 @@ class SiteRecord:
     config: SiteConfig
     extras: Mapping[str, Any]
     base: Mapping[str, Any]
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     def owner(self, path: str) -> str:
         """Returns the path of the module that a path of this site belongs to: itself, or its parameter's owner."""
@@ -119,6 +125,10 @@ def _written_site(record: SiteRecord, options: str) -> str:
     extras = json.dumps(dict(record.extras)) if record.extras else "{}"
     where = f'"path": {_quoted(record.path)}, "aliases": {aliases}, "adapter": {_quoted(record.kind)}'
     return f'{{{where}, {options}, "options": {extras}}}'
+def _write_site(record: SiteRecord, options: Mapping[str, Any]) -> dict[str, Any]:
+    where = {"path": record.path, "aliases": list(record.aliases), "adapter": record.kind}
+    tied = {"tied": dict(record.tied)} if record.tied else {}
+    return {**where, **options, **tied, "options": dict(record.extras)}
 
 
 def _options_of(config: SiteConfig) -> dict[str, Any]:
@@ -188,7 +198,7 @@ def _read_site(entry: object, bases: Mapping[str, Any], where: str) -> SiteRecor
     if not isinstance(entry, dict) or entry.keys() != _SITE_KEYS:
         raise FormatError(f"{where}: a site must be an object with exactly the keys {', '.join(sorted(_SITE_KEYS))}")
     path, aliases = entry["path"], entry["aliases"]
-    if not isinstance(path, str) or not isinstance(aliases, list) or not all(isinstance(a, str) for a in aliases):
+    if not isinstance(path, str) or not isinstance(aliases, list) or not _all_strings(aliases):
         raise FormatError(f"{where}: path must be a string and aliases a list of strings")
     if not isinstance(entry["adapter"], str) or not isinstance(entry["options"], dict):
         raise FormatError(f"{where}: site {path!r}: adapter must be a string and options an object")
@@ -200,4 +210,15 @@ def _read_site(entry: object, bases: Mapping[str, Any], where: str) -> SiteRecor
         config = _options(values)
     except ConfigError as error:
         raise FormatError(f"{where}: site {path!r}: {error}") from None
-    return SiteRecord(path, tuple(aliases), entry["adapter"], config, entry["options"], base)
+    return SiteRecord(path, tuple(aliases), entry["adapter"], config, entry["options"], base, _tied(entry, where))
+
+
+def _tied(entry: Mapping[str, Any], where: str) -> dict[str, str]:
+    tied = entry["tied"]
+    if not isinstance(tied, dict) or not tied.keys() <= set(entry["aliases"]) or not _all_strings(tied.values()):
+        raise FormatError(f"{where}: site {entry['path']!r}: tied must give kinds of adapters for some of its aliases")
+    return tied
+
+
+def _all_strings(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str) for value in values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +68,26 @@ def load(
     every = tuple(site for group in sites.values() for site in group)
     notes = (*file.notes, *([note] if note else []))
     plan = Plan(injection, every, (), {str(path): len(every)}, count_parameters(nodes), notes)
-    insert(nodes, plan, _filled(file, sites))
+    insert(nodes, plan, _filled(file, sites, placed))
     return plan
 
 
-Placed = dict[str, list[Node]]
-"""By the path of a site in the file: its module, and any further modules that its aliases lead to."""
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a site of the file is in the model.
+
+    Attributes:
+        nodes: its module, and any further modules that its aliases lead to.
+        absent: paths of the file that lead nowhere, each with the kind of adapter that served it, or "" where the file
+            does not tell.
+    """
+
+    nodes: list[Node]
+    absent: tuple[tuple[str, str], ...]
+
+
+Placed = dict[str, _Place]
+"""By the path of a site in the file."""
 
 
 def _place(file: Source, nodes: Sequence[Node], strict: bool) -> tuple[Placed, str]:
@@ -87,13 +101,17 @@ def _place(file: Source, nodes: Sequence[Node], strict: bool) -> tuple[Placed, s
     placed: Placed = {}
     missing: list[str] = []
     for record in file.sites.values():
-        owners = [move(record.owner(path)) for path in (record.path, *record.aliases)]
-        found = list({id(by_path[path]): by_path[path] for path in owners if path in by_path}.values())
+        known = {path: by_path.get(move(record.owner(path))) for path in (record.path, *record.aliases)}
+        # Above the part of the model that the others are in, where paths have no prefix to lose or gain.
+        known |= {path: by_path.get(path) for path in record.tied if known[path] is None}
+        found = list({id(node): node for node in known.values() if node is not None}.values())
         if not found:
             near = nearest_paths(record.path, by_path)[:2]
             missing.append(record.path + (f" (nearest: {', '.join(near)})" if near else ""))
         else:
-            placed[record.path] = found
+            kinds = {record.path: record.kind, **record.tied}
+            absent = tuple((path, kinds.get(path, "")) for path, node in known.items() if node is None)
+            placed[record.path] = _Place(found, absent)
     stray = sorted(set(file.entries) - set(file.sites))
     if stray:
         raise FormatError(f"{file.path}: tensors that belong to no site of the file:\n{listing(stray)}")
@@ -108,10 +126,7 @@ def _place(file: Source, nodes: Sequence[Node], strict: bool) -> tuple[Placed, s
 
 def _aligned(file: Source, known: Mapping[str, Node]) -> tuple[Callable[[str], str], str]:
     """Returns what turns the file's paths into the model's, and a note where that is not the path itself."""
-    records = file.sites.values()
-    if all(any(record.owner(path) in known for path in (record.path, *record.aliases)) for record in records):
-        return str, ""
-    return aligned([record.owner(record.path) for record in records], known) or (str, "")
+    return aligned([record.owner(record.path) for record in file.sites.values()], known) or (str, "")
 
 
 def _sites(file: Source, placed: Placed, name: str) -> dict[str, list[Site]]:
@@ -119,9 +134,9 @@ def _sites(file: Source, placed: Placed, name: str) -> dict[str, list[Site]]:
     sites: dict[str, list[Site]] = {}
     problems: list[LoraInjectError] = []
     wrong: list[str] = []
-    for path, nodes in placed.items():
+    for path, place in placed.items():
         record = file.sites[path]
-        for node in nodes:
+        for node in place.nodes:
             try:
                 adapter_class = _class_for(record, node.module)
                 if adapter_class is None:
@@ -178,7 +193,7 @@ def _check_base(file: Source, sites: Mapping[str, list[Site]], placed: Placed) -
     known = [
         (path, node, site.adapter_class.touches(site.extras))
         for path, group in sites.items()
-        for site, node in zip(group, placed[path], strict=True)
+        for site, node in zip(group, placed[path].nodes, strict=True)
         if site.device.type != "meta" and file.sites[path].base.get("hash") is not None
     ]
     found = fingerprints((node, names) for _, node, names in known)
@@ -191,7 +206,7 @@ def _check_base(file: Source, sites: Mapping[str, list[Site]], placed: Placed) -
 
 
 @torch.no_grad()
-def _filled(file: Source, sites: Mapping[str, list[Site]]) -> list[Adapter]:
+def _filled(file: Source, sites: Mapping[str, list[Site]], placed: Placed) -> list[Adapter]:
     """Returns one adapter per site, holding the file's numbers; those of one record share them."""
     keys = [f"{file.sites[path].prefix}{key}" for path, group in sites.items() for key in group[0].layout]
     tensors = file.read(keys)
@@ -205,17 +220,11 @@ def _filled(file: Source, sites: Mapping[str, list[Site]]) -> list[Adapter]:
         empty += [owner._parameters[key] for key in group[0].layout]  # type: ignore[misc]
         for member in members:
             share(owner, member)
-        owner.shared |= _lacks_a_user(file.sites[path], group)
+        if placed[path].absent:
+            # A module that is not here may have trained rows that the others leave out, as an embedding its padding
+            # row; where none did, these rows are zero, so that nothing is lost by taking them for shared.
+            owner.shared, owner.absent = True, placed[path].absent
         built += [owner, *members]
     # In one call: both follow the order of the sites and their layouts.
     torch._foreach_copy_(empty, [tensors[key] for key in keys])
     return built
-
-
-def _lacks_a_user(record: SiteRecord, group: Sequence[Site]) -> bool:
-    """Says whether the model lacks a module that the adapter may have been shared with: a tied head, say.
-
-    Such an adapter has trained rows that the module alone would leave out, as an embedding its padding row; in others
-    these rows are zero, so that nothing is lost by taking them for shared.
-    """
-    return sum(1 + len(site.aliases) for site in group) < 1 + len(record.aliases)

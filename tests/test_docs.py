@@ -196,7 +196,7 @@ def test_the_page_on_the_file_format_names_every_key(tmp_path):
     lora_inject.inject(model, "0", rank=1)
     with safe_open(lora_inject.export(model, tmp_path / "a.safetensors"), framework="pt") as file:
         metadata = file.metadata()
-    keys = {*metadata, *json.loads(metadata["adapter"])["sites"][0]}
+    keys = {*metadata, *json.loads(metadata["adapter"])["sites"][0], "tied"}
     text = (ROOT / "docs" / "file-format.md").read_text(encoding="utf-8")
     tables = text[text.index("## Metadata") : text.index("## Fingerprint")]
     assert set(re.findall(r"^\| `(\w+)` \|", tables, re.MULTILINE)) == keys

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -59,10 +61,40 @@ def test_a_pair_that_tied_weights_share_is_written_for_each_and_peft_computes_th
     torch.testing.assert_close(ours(IDS).logits, wanted, atol=2e-6, rtol=1e-5)
 
 
+def forgetting(path):
+    """Rewrites a file as one from before files told which aliases are tied modules."""
+    with safe_open(path, "pt") as file:
+        meta, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    adapter = json.loads(meta["adapter"])
+    assert any(site.pop("tied", None) for site in adapter["sites"])
+    save_file(tensors, path, meta | {"adapter": json.dumps(adapter)})
+
+
 @torch.no_grad()
-def test_a_pair_that_tied_weights_share_is_converted_and_checked_with_the_model_alone(tmp_path):
+@pytest.mark.parametrize("to", ["peft", "mlx"])
+def test_a_pair_that_tied_weights_share_is_converted_and_checked_by_the_file_alone(tmp_path, to):
     model = shared_llama()
     native = li.export(model, tmp_path / "a.safetensors")
+    if to == "peft":
+        li.convert(native, tmp_path / "out", to)
+        assert "--model" not in str(li.check_adapter(native, "peft"))
+    else:
+        llama().save_pretrained(tmp_path / "base")
+        li.convert(native, tmp_path / "out", to, model=tmp_path / "base")
+    ours = llama()
+    li.load(ours, tmp_path / "out")
+    torch.testing.assert_close(ours(IDS).logits, model(IDS).logits, atol=2e-6, rtol=1e-5)
+    if to == "peft":
+        with pytest.warns(UserWarning, match="tie"):
+            theirs = PeftModel.from_pretrained(llama(), tmp_path / "out").eval()
+        torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, atol=2e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_file_that_does_not_tell_tied_modules_is_converted_and_checked_with_the_model_alone(tmp_path):
+    model = shared_llama()
+    native = li.export(model, tmp_path / "a.safetensors")
+    forgetting(native)
     llama().save_pretrained(tmp_path / "base")
     with pytest.raises(li.UnsupportedError, match=r"(?s)embed_tokens = lm_head.*--model"):
         li.convert(native, tmp_path / "no", "peft")

@@ -322,3 +322,155 @@ def test_an_embedding_under_two_names_keeps_its_padding_row_fixed_under_one(tmp_
     steps(nn.Sequential(one["a"]), torch.tensor([0, 1, 2, 3]))
     found = one["a"](torch.arange(6))
     assert torch.equal(found[2], base[2]) and not torch.equal(found[1], base[1])
+
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+PADDING = 3
+IDS = torch.tensor([[1, PADDING, 5, PADDING]])
+
+
+def causal() -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    config = LlamaConfig(**SIZES, num_key_value_heads=2, vocab_size=40, pad_token_id=PADDING, tie_word_embeddings=True)
+    return LlamaForCausalLM(config).eval()
+
+
+def shared_file(path, **options):
+    """Returns the file of a pair that was trained for embedding and head, and its update by hand, in float64."""
+    model = causal()
+    li.inject(model, ["model.embed_tokens", "lm_head", "*.q_proj"], rank=2, alpha=4, share_tied=True, **options)
+    fill(model)
+    p = {key.rpartition(".")[2]: v.detach().double() for key, v in li.adapter_state(model).items() if "embed" in key}
+    update = 2 * p["lora_B"] @ p["lora_A"]
+    assert update[PADDING].abs().max() > 0.1
+    return li.export(model, path), update
+
+
+def sites(path) -> dict[str, dict]:
+    with safe_open(path, "pt") as file:
+        return {site["path"]: site for site in json.loads(file.metadata()["adapter"])["sites"]}
+
+
+def test_the_file_tells_which_aliases_are_tied_modules(tmp_path):
+    path, _ = shared_file(tmp_path / "a")
+    found = sites(path)
+    assert found["model.embed_tokens"]["aliases"] == ["lm_head"]
+    assert found["model.embed_tokens"]["tied"] == {"lm_head": "linear"}
+    assert "tied" not in found["model.layers.0.self_attn.q_proj"]
+
+
+class Body(nn.Module):
+    """A model without the head, whose paths are those of the whole model or lack their prefix."""
+
+    def __init__(self, prefixed: bool) -> None:
+        super().__init__()
+        self.inner = causal().model
+        if prefixed:
+            self.model = self.inner
+            del self.inner
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_a_shared_pair_stays_shared_through_models_without_the_head(tmp_path, prefixed):
+    """From the whole model to a headless one, to a file, to another headless one, to a file, and to a whole model."""
+    first, update = shared_file(tmp_path / "a")
+    path, wanted = first, (causal().model.embed_tokens.weight.double() + update)[IDS]
+    for turn in range(2):
+        body = Body(prefixed=True) if prefixed else causal().model
+        li.load(body, path)
+        table = body.model.embed_tokens if prefixed else body.embed_tokens
+        assert torch.allclose(table(IDS).double(), wanted, atol=1e-5), "the padding row is the head's work"
+        path = li.export(body, tmp_path / f"turn{turn}")
+        site = sites(path)["model.embed_tokens" if prefixed else "embed_tokens"]
+        assert site["aliases"] == ["lm_head"] and site["tied"] == {"lm_head": "linear"}
+        li.merge(body)
+        assert torch.allclose(table(IDS).double(), wanted, atol=1e-5)
+    whole, again = causal(), causal()
+    li.load(whole, first)
+    li.load(again, path)
+    assert again.model.embed_tokens.adapters["default"].lora_B is again.lm_head.adapters["default"].lora_B
+    assert torch.equal(again(IDS).logits, whole(IDS).logits)
+    assert load_file(li.export(again, tmp_path / "last")).keys() == load_file(first).keys()
+    assert sites(tmp_path / "last") == sites(first)
+
+
+def test_a_shared_pair_stays_shared_through_a_model_that_has_the_head_alone(tmp_path):
+    path, update = shared_file(tmp_path / "a")
+    head = nn.ModuleDict({"lm_head": causal().lm_head})
+    li.load(head, path, strict=False)
+    x = torch.randn(3, 16)
+    wanted = x.double() @ (causal().lm_head.weight.double() + update).T
+    assert torch.allclose(head["lm_head"](x).double(), wanted, atol=1e-5)
+    back = li.export(head, tmp_path / "b")
+    site = sites(back)["lm_head"]
+    assert site["adapter"] == "linear" and site["tied"] == {"model.embed_tokens": "embedding"}
+    again = causal()
+    li.load(again, back)
+    assert again.model.embed_tokens.adapters["default"].lora_B is again.lm_head.adapters["default"].lora_B
+    table = causal().model.embed_tokens.weight.double() + update
+    assert torch.allclose(again.model.embed_tokens(IDS).double(), table[IDS], atol=1e-5)
+
+
+def test_adding_and_resizing_files_keeps_what_they_tell_of_tied_modules(tmp_path):
+    path, _ = shared_file(tmp_path / "a")
+    li.resize(path, tmp_path / "b", rank=1)
+    li.add([path, path], tmp_path / "c")
+    for made in ("b", "c"):
+        assert sites(tmp_path / made)["model.embed_tokens"]["tied"] == {"lm_head": "linear"}
+
+
+def test_a_file_that_contradicts_itself_about_tied_modules_is_refused(tmp_path):
+    path, _ = shared_file(tmp_path / "a")
+    with safe_open(path, "pt") as file:
+        meta, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    for wrong in ({"elsewhere": "linear"}, {"lm_head": 3}, ["lm_head"], None):
+        adapter = json.loads(meta["adapter"])
+        adapter["sites"][0]["tied"] = wrong
+        save_file(tensors, tmp_path / "b", meta | {"adapter": json.dumps(adapter)})
+        with pytest.raises(li.FormatError, match=r"model\.embed_tokens.*tied must give kinds"):
+            li.load(causal(), tmp_path / "b")
+
+
+def test_a_copy_of_a_headless_model_does_not_forget_the_head_either(tmp_path):
+    path, _ = shared_file(tmp_path / "a")
+    body = causal().model
+    li.load(body, path)
+    one = li.export(copy.deepcopy(body), tmp_path / "b")
+    assert sites(one)["embed_tokens"]["tied"] == {"lm_head": "linear"}
+
+
+@HALF
+@pytest.mark.parametrize("turned", [False, True], ids=["whole-file", "headless-file"])
+@pytest.mark.parametrize(
+    ("has", "plain"),
+    [("body", False), ("whole", False), ("body", True), ("head", True), ("whole", True), ("untied", True)],
+)
+def test_a_checkpoint_with_only_one_user_gets_the_whole_update(tmp_path, has, plain, turned):
+    path, update = shared_file(tmp_path / "a")
+    if turned:
+        body = causal().model
+        li.load(body, path)
+        path = li.export(body, tmp_path / "b")
+    whole = causal()
+    base = tmp_path / "base"
+    if plain:
+        base.mkdir()
+        keys = {
+            "body": lambda key: key != "lm_head.weight",
+            "head": lambda key: key == "lm_head.weight" or "q_proj" in key,
+            "whole": lambda key: key != "lm_head.weight",
+            "untied": lambda key: True,
+        }[has]
+        state = {key: value.clone() for key, value in whole.state_dict().items() if keys(key)}
+        if has == "body":
+            state = {key.removeprefix("model."): value for key, value in state.items()}
+        save_file(state, base / "model.safetensors")
+    else:
+        (whole.model if has == "body" else whole).save_pretrained(base)
+    li.merge_checkpoint(base, path, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    wanted = causal().lm_head.weight.double() + update
+    users = [key for key in found if key.endswith(("embed_tokens.weight", "lm_head.weight"))]
+    assert len(users) == (2 if has == "untied" else 1)
+    for key in users:
+        assert torch.allclose(found[key].double(), wanted, atol=1e-6), key

@@ -21,7 +21,7 @@ from ..formats.content import Content
 from ..formats.factors import Factors
 from ..formats.format import recognise
 from ..formats.orient import outward
-from ..formats.separate import separated
+from ..formats.separate import is_told, separated
 from ..formats.trained import KIND
 from ..registry import adapter_for
 from ..tree import walk
@@ -101,7 +101,7 @@ def facts_of(path: str | os.PathLike[str], model: nn.Module | None) -> Facts:
     bundle, problem = None, ""
     try:
         bundle = loaded(known.read(content, model))
-        bundle = separated(bundle, model) if model is not None else bundle
+        bundle = separated(bundle, model) if model is not None or is_told(bundle) else bundle
     except (UnsupportedError, MismatchError) as error:
         problem = str(error)
     pairs, others, full = _parts(bundle)

@@ -48,7 +48,13 @@ class ModelNames(Names):
         self.shapes = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
 
     def module(self, path: str) -> nn.Module | None:
-        return self.modules.get(path)
+        return self.modules.get(self.own(path))
+
+    def own(self, path: str) -> str:
+        # As from_pretrained does: the model may be the body alone of the one that the adapter is for, or hold it.
+        prefix = f"{self.model.base_model_prefix}."
+        places = (path, path.removeprefix(prefix), prefix + path)
+        return next((place for place in places if place in self.modules), path)
 
     def paths(self) -> list[str]:
         return list(self.modules)

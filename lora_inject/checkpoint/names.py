@@ -41,6 +41,10 @@ class Names(abc.ABC):
     def module(self, path: str) -> nn.Module | None:
         """Returns the module at a path, on the meta device, or None."""
 
+    def own(self, path: str) -> str:
+        """Returns the path that the model has for a module, where an adapter's differs by a prefix."""
+        return path
+
     @abc.abstractmethod
     def paths(self) -> list[str]:
         """Returns the paths of all modules, for messages."""
@@ -82,12 +86,17 @@ class HeaderNames(Names):
             self.owners.setdefault(owner, []).append(name)
 
     def key(self, path: str) -> str:
-        """Returns the path as the headers write it."""
-        return self.add + path.removeprefix(self.drop)
+        """Returns the path as the headers write it.
+
+        What lies above the part of the model that the prefix is of, as a head does, has no prefix.
+        """
+        moved = self.add + path.removeprefix(self.drop)
+        known = moved in self.owners or moved in self.base.tensors
+        return path if not known and (path in self.owners or path in self.base.tensors) else moved
 
     def module(self, path: str) -> nn.Module | None:
         """Returns a stand-in with the parameters that the headers list for it."""
-        if not path.startswith(self.drop) or self.key(path) not in self.owners:
+        if self.key(path) not in self.owners:
             return None
         owner, made = self.key(path), StandIn()
         for name in self.owners[owner]:
@@ -115,10 +124,15 @@ def find_names(base: Base, inputs: Sequence[Input]) -> HeaderNames:
     plain = HeaderNames(base)
     wanted = [_owners(entry) for entry in inputs]
     sites = [owners for group in wanted for owners in group]
-    if all(_any_known(owners, plain) for owners in sites):
-        return plain
-    fitting = [names for names in _candidates(base, sites[0]) if all(_any_known(owners, names) for owners in sites)]
-    return fitting[0] if len(fitting) == 1 else plain
+    # The first paths come first: an alias may be that of a head, above a prefix that all others have.
+    for places in ([owners[:1] for owners in sites], sites):
+        if all(_any_known(owners, plain) for owners in places):
+            return plain
+        candidates = next(filter(None, (_candidates(base, owners) for owners in sites)), [])
+        fitting = [names for names in candidates if all(_any_known(owners, names) for owners in places)]
+        if len(fitting) == 1:
+            return fitting[0]
+    return plain
 
 
 def _owners(entry: Input) -> list[tuple[str, ...]]:
@@ -128,7 +142,7 @@ def _owners(entry: Input) -> list[tuple[str, ...]]:
 
 
 def _any_known(owners: Iterable[str], names: HeaderNames) -> bool:
-    return any(path.startswith(names.drop) and names.key(path) in names.owners for path in owners)
+    return any(names.key(path) in names.owners for path in owners)
 
 
 def _candidates(base: Base, owners: tuple[str, ...]) -> list[HeaderNames]:

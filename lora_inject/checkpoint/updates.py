@@ -31,7 +31,7 @@ class Update:
         layout: names and shapes of the adapter's parameters.
         names: the host's parameters that it updates.
         row_axes: how many leading axes of the weight count as rows.
-        shared: whether the record has updates of further modules.
+        shared: whether the record has updates of further modules, of this checkpoint or of the one it was made for.
     """
 
     input: Input
@@ -102,11 +102,13 @@ def read_updates(inputs: Sequence[Input], names: Names) -> list[Update]:
 def _updates(entry: Input, record: SiteRecord, names: Names) -> list[Update]:
     """Returns an update for every module that the record's paths lead to: one, or all that share a tied weight."""
     hosts: dict[int, tuple[str, nn.Module]] = {}
-    for path in (record.path, *record.aliases):
-        host = names.module(record.owner(path))
+    owners = [record.owner(path) for path in (record.path, *record.aliases)]
+    found_at = {path: names.module(path) for path in owners}
+    for path, host in found_at.items():
         if host is not None:
-            hosts.setdefault(id(host), (record.owner(path), host))
-    shared = len(hosts) > 1
+            hosts.setdefault(id(host), (names.own(path), host))
+    # A module that is not here may have trained rows that the others leave out, as an embedding its padding row.
+    shared = len(hosts) > 1 or None in found_at.values()
     found = [_update(entry, record, path, host, shared) for path, host in hosts.values()]
     return [update for update in found if update is not None]
 

@@ -20,13 +20,17 @@ def separated(bundle: Bundle, model: nn.Module | None) -> Bundle:
     Tied weights have one update for all their modules, so that the same numbers, in the native layout, serve each.
 
     Raises:
-        UnsupportedError: there is no model to tell tied modules from one module at several paths, or one module has
-            several holders, of which other programs put their layer into one alone.
+        UnsupportedError: neither the file nor a model tells tied modules from one module at several paths, or one
+            module has several holders, of which other programs put their layer into one alone.
     """
     shared = [record for record in bundle.sites.values() if record.aliases]
     if not shared:
         return bundle
     if model is None:
+        if is_told(bundle):
+            return _split(
+                bundle, {own.path: (own, path) for path, record in bundle.sites.items() for own in _told(record)}
+            )
         raise UnsupportedError(
             f"{bundle.path}: these sites have several paths, and only the model tells whether those are tied modules "
             f"or one:\n{listing([_names(record) for record in shared])}\nName the model (--model DIR)."
@@ -41,8 +45,23 @@ def separated(bundle: Bundle, model: nn.Module | None) -> Bundle:
             f"them alone:\n{listing(list(dict.fromkeys(several)))}\n"
             "Keep lora_inject's format, or merge these sites into the base."
         )
+    return _split(bundle, sites)
+
+
+def is_told(bundle: Bundle) -> bool:
+    """Says whether the adapter itself tells that every further path is that of a tied module."""
+    return all(set(record.aliases) == set(record.tied) for record in bundle.sites.values())
+
+
+def _split(bundle: Bundle, sites: Mapping[str, tuple[SiteRecord, str]]) -> Bundle:
+    """Returns the adapter with these sites, each with the path of the one whose tensors it has."""
     entries = {path: bundle.entries[origin] for path, (_, origin) in sites.items()}
     return replace(bundle, sites={path: record for path, (record, _) in sites.items()}, entries=entries)
+
+
+def _told(record: SiteRecord) -> list[SiteRecord]:
+    kinds = {record.path: record.kind, **record.tied}
+    return [replace(record, path=path, aliases=(), tied={}, kind=kind) for path, kind in kinds.items()]
 
 
 def _names(record: SiteRecord) -> str:
@@ -57,8 +76,8 @@ def _each(record: SiteRecord, nodes: Mapping[str, Node]) -> list[SiteRecord]:
         if node is not None and id(node.module) not in found:
             serving = adapter_for(node.module) if path != record.path and "parameter" not in record.extras else None
             kind = record.kind if serving is None else serving.stored_as or serving.kind
-            found[id(node.module)] = replace(record, path=path, aliases=(), kind=kind)
-    return list(found.values()) or [replace(record, aliases=())]
+            found[id(node.module)] = replace(record, path=path, aliases=(), tied={}, kind=kind)
+    return list(found.values()) or [replace(record, aliases=(), tied={})]
 
 
 def _holders(node: Node, nodes: Mapping[str, Node]) -> set[tuple[int, str]]:
