@@ -7,17 +7,22 @@ import torch
 from reference import low_rank_path, scaling, sensitivity, update_of, with_update
 from torch import Tensor
 from variant import Variant, map_floats
-from variants import FLOATS, VARIANTS
+from variants import VARIANTS
 
 import lora_inject as li
 
-CASES = [pytest.param(v, d, id=f"{v.id}-{str(d)[6:]}") for v in VARIANTS for d in FLOATS]
+CASES = [pytest.param(v, d, id=f"{v.id}-{str(d)[6:]}") for v in VARIANTS for d in v.dtypes]
 every = pytest.mark.parametrize(("variant", "dtype"), CASES)
 in_float32 = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.id)
+# In files an adapter of a quantized layer is one of a linear layer.
+of_every_stored_kind = pytest.mark.parametrize(
+    "variant", [v for v in VARIANTS if v.kind != "quantized_linear"], ids=lambda v: v.id
+)
 quiet = pytest.mark.filterwarnings(
     "ignore:Using padding='same' with even kernel lengths",
     # A merge of fixed random numbers may lose more than a tenth of one of them: measured elsewhere.
     "ignore::lora_inject.RoundingWarning",
+    "ignore:MatMul8bitLt",
     "ignore:LSTM with projections is not supported with oneDNN",
 )
 ROUNDINGS = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 64, torch.float64: 64}
@@ -81,7 +86,7 @@ def update(variant: Variant, model, p: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def exact(variant: Variant, model, dtype: torch.dtype):
     """Returns the float64 outputs by hand, and the sum of the absolute values of their terms."""
-    base, x, s = variant.model(dtype).eval(), variant.x(dtype), strength(variant)
+    base, x, s = variant.plain(dtype).eval(), variant.x(dtype), strength(variant)
     p = parameters64(model)
     absolute = {key: t.abs() for key, t in p.items()}
     x = map_floats(Tensor.double, x)
@@ -92,7 +97,9 @@ def exact(variant: Variant, model, dtype: torch.dtype):
     held = with_update(base, variant.at, update(variant, base, p))
     sized = with_update(base, variant.at, update(variant, base, absolute), torch.abs)
     if variant.linear:
-        return outputs(held, x), outputs(sized, map_floats(Tensor.abs, x))
+        unit = roundings(variant, dtype) * torch.finfo(dtype).eps / 2
+        sizes = outputs(sized, map_floats(Tensor.abs, x))
+        return outputs(held, x), tuple(size + variant.blur(base, x, size) / unit for size in sizes)
     floats = [t.requires_grad_(True) for t in x if isinstance(t, Tensor) and t.is_floating_point()]
     found = outputs(held.requires_grad_(True), x)
     sizes = [t.abs() for t in (*sized.parameters(), *floats)]

@@ -119,6 +119,7 @@ def full(base: nn.Module, p: Params, s: float) -> Params:
 
 DELTAS = {
     "linear": linear,
+    "quantized_linear": linear,
     "transposed_linear": transposed_linear,
     "embedding": embedding,
     "embedding_bag": embedding,

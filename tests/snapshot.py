@@ -18,8 +18,17 @@ HOOKS = (
 
 
 def raw(tensor: Tensor) -> bytes:
-    """Returns the bytes of a tensor's elements, so that NaN and -0.0 compare too."""
+    """Returns the bytes of a tensor's elements, or of all its parts, so that NaN and -0.0 compare too."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return b"".join(raw(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def address(tensor: Tensor) -> int:
+    """Returns where the elements are, or the first part of a tensor that has parts."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return address(getattr(tensor, tensor.__tensor_flatten__()[0][0]))
+    return tensor.data_ptr()
 
 
 def values(model: nn.Module) -> dict[str, tuple[object, ...]]:
@@ -34,7 +43,7 @@ def snapshot(model: nn.Module) -> dict[str, object]:
     return {
         "values": list(values(model).items()),
         "modules": [(path, id(module), type(module)) for path, module in modules.items()],
-        "parameters": [(path, id(p), type(p), p.requires_grad, p.data_ptr()) for path, p in parameters.items()],
+        "parameters": [(path, id(p), type(p), p.requires_grad, address(p)) for path, p in parameters.items()],
         "empty": [(path, name) for path, m in modules.items() for name, p in m._parameters.items() if p is None],
         "training": [(path, module.training) for path, module in modules.items()],
         "hooks": [(path, name, list(getattr(m, name).items())) for path, m in modules.items() for name in HOOKS],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import in_float32, outputs, quiet, train
+from contract import of_every_stored_kind, outputs, quiet, train
 from files_by_hand import linear_site, read_file, strength_of, update_in, write_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,7 +88,7 @@ def as_matrix(variant, weight):
 # Sums
 
 
-@in_float32
+@of_every_stored_kind
 def test_a_sum_is_the_weighted_sum_of_the_updates(variant, tmp_path):
     one, two = pair(variant, tmp_path)
     out = tmp_path / "sum.safetensors"
@@ -113,8 +113,8 @@ def test_a_sum_is_the_weighted_sum_of_the_updates(variant, tmp_path):
         assert torch.allclose(found, wanted, atol=1e-10)
 
 
-@in_float32
-def test_a_sum_in_float32_is_rounded_once(variant, tmp_path):
+@of_every_stored_kind
+def test_a_sum_of_every_stored_kind_is_rounded_once(variant, tmp_path):
     if variant.kind == "block":
         pytest.skip("has no weight; its tensors are those of a linear layer")
     one, two = pair(variant, tmp_path, torch.float32)
@@ -131,7 +131,7 @@ def test_a_sum_in_float32_is_rounded_once(variant, tmp_path):
         assert bool(((value - exact[key]).abs() <= allowed).all()), key
 
 
-@in_float32
+@of_every_stored_kind
 def test_one_file_with_weight_one_stays_as_it_is(variant, tmp_path):
     one = exported(variant, tmp_path / "one.safetensors", torch.float32)
     li.add(one, tmp_path / "same.safetensors")
@@ -143,7 +143,7 @@ def test_one_file_with_weight_one_stays_as_it_is(variant, tmp_path):
     }
 
 
-@in_float32
+@of_every_stored_kind
 def test_subtracting_what_was_added_gives_back_the_update(variant, tmp_path):
     one, two = pair(variant, tmp_path)
     both, back, small = (tmp_path / f"{name}.safetensors" for name in ("both", "back", "small"))
@@ -160,7 +160,7 @@ def test_subtracting_what_was_added_gives_back_the_update(variant, tmp_path):
     assert last["rank"] <= first["rank"]
 
 
-@in_float32
+@of_every_stored_kind
 def test_merging_the_sum_is_merging_both(variant, tmp_path):
     if variant.kind == "block":
         pytest.skip("cannot be merged")
@@ -248,7 +248,7 @@ def test_aliases_of_one_module_are_one_site(tmp_path):
 # Cuts
 
 
-@in_float32
+@of_every_stored_kind
 @pytest.mark.parametrize("rank", [1, 2])
 def test_a_cut_is_the_best_of_its_rank_and_its_error_is_true(variant, rank, tmp_path):
     source = exported(variant, tmp_path / "one.safetensors")
@@ -270,7 +270,7 @@ def test_a_cut_is_the_best_of_its_rank_and_its_error_is_true(variant, rank, tmp_
     assert row.error <= best * (1 + 1e-9) + 1e-12
 
 
-@in_float32
+@of_every_stored_kind
 def test_a_cut_to_the_full_rank_changes_nothing(variant, tmp_path):
     source = exported(variant, tmp_path / "one.safetensors", torch.float32)
     report = li.resize(source, tmp_path / "same.safetensors", rank=1000)
@@ -627,7 +627,7 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
 # What is told
 
 
-@in_float32
+@of_every_stored_kind
 def test_norms_are_those_of_the_dense_update(variant, tmp_path):
     source = exported(variant, tmp_path / "one.safetensors")
     (row,) = li.norms(source)
@@ -655,7 +655,7 @@ def test_norms_of_all_sites_are_those_of_the_block_diagonal_matrix(tmp_path):
     assert "all together" in str(found) and json.dumps(found.to_dict())
 
 
-@in_float32
+@of_every_stored_kind
 def test_the_cosine_is_that_of_the_dense_updates(variant, tmp_path):
     one, two = pair(variant, tmp_path)
     (row,) = li.similarity(one, two)

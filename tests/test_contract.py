@@ -10,7 +10,9 @@ import torch
 from contract import every, exact, injected, outputs, parameters64, quiet, roundings, same, train, update
 from reference import DELTAS, within
 from snapshot import assert_same, snapshot, values
+from variant import map_floats
 from variants import VARIANTS
+from variants_quantized import Quantized, library_weight
 
 import lora_inject as li
 from lora_inject.registry import registered
@@ -20,10 +22,8 @@ pytestmark = quiet
 
 def test_every_class_is_covered():
     kinds = {variant.kind for variant in VARIANTS}
-    # tests/test_quantized.py holds the class for quantized weights to the contract: those cannot be cast.
-    known = [known for known in registered() if known.kind != "quantized_linear"]
-    assert {one.kind for one in known} <= kinds, "add variants of the new class to tests/variants.py"
-    assert {one.kind for one in known if one.mergeable} <= set(DELTAS), "add its mathematics"
+    assert {known.kind for known in registered()} <= kinds, "add variants of the new class to tests/variants.py"
+    assert {known.kind for known in registered() if known.mergeable} <= set(DELTAS), "add its mathematics"
 
 
 @every
@@ -60,7 +60,7 @@ def test_2_alive_in_every_mode(variant, dtype):
 
 @every
 def test_2_every_adapter_parameter_gets_a_gradient_and_nothing_else(variant, dtype):
-    model, x = variant.model(dtype).requires_grad_(True), variant.x(dtype)
+    model, x = variant.thawed(dtype), variant.x(dtype)
     variant.inject(model)
     train(model)
     outputs(model, x)[0].float().square().sum().backward()
@@ -98,8 +98,8 @@ def test_3_delta_is_what_the_mathematics_say(variant, dtype):
         assert found == {}
         return
     p = parameters64(model)
-    wanted = update(variant, variant.model(dtype), p)
-    sizes = update(variant, variant.model(dtype), {k: t.abs() for k, t in p.items()})
+    wanted = update(variant, variant.plain(dtype), p)
+    sizes = update(variant, variant.plain(dtype), {k: t.abs() for k, t in p.items()})
     assert found.keys() == wanted.keys()
     for name, delta in found.items():
         assert delta.dtype in (torch.float32, torch.float64)
@@ -110,6 +110,9 @@ def test_3_delta_is_what_the_mathematics_say(variant, dtype):
 @every
 def test_4_merge_rounds_each_weight_once(variant, dtype):
     model, x = injected(variant, dtype), variant.x(dtype)
+    if isinstance(variant, Quantized):
+        merges_when_asked_and_tells_its_error(variant, dtype, model, x)
+        return
     if variant.kind == "block":
         with pytest.raises(li.LoraInjectError, match="site"):
             li.merge(model)
@@ -131,6 +134,39 @@ def test_4_merge_rounds_each_weight_once(variant, dtype):
         assert within(got, want, size, roundings(variant, dtype))
 
 
+def merges_when_asked_and_tells_its_error(variant, dtype, model, x):
+    """A quantized weight is refused until the caller asks for the rounding to its format; the report says what it took.
+
+    What comes out is compared with W + delta, both in float64, by the library's own forward.
+    """
+    before, unmerged = snapshot(model), outputs(model, x)
+    with pytest.raises(li.UnsupportedError, match=r"site\.weight is quantized.*requantize=True.*keep the adapter unm"):
+        li.merge(model)
+    assert_same(before, model)
+    plain = variant.plain(dtype)
+    base, change = plain.site, update(variant, plain, parameters64(model))
+    wanted = base.weight + change["weight"]
+    rows = {row.path: row for row in li.merge(model, requantize=True)}
+    assert rows.keys() == {f"site.{name}" for name in change} and rows["site.weight"].requantized
+    stored = library_weight(model.site, dtype)
+    # What the library's forward rounds in reading W out again.
+    reading = max(torch.finfo(dtype).eps, variant.keeps) * wanted.abs().amax(1, keepdim=True)
+    moved = (stored - wanted).abs()
+    assert (moved <= variant.step * wanted.abs().amax(variant.scales or (0, 1), keepdim=True) + 2 * reading).all()
+    assert rows["site.weight"].error > 0 and abs(rows["site.weight"].error - moved.max()) <= 2 * reading.max()
+    assert moved.norm() < change["weight"].norm() / 2, "most of the update is there"
+    if "bias" in change:
+        bias = change["bias"] if base.bias is None else base.bias + change["bias"]
+        assert torch.allclose(model.site.bias.double(), bias, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    merged = variant.plain_of(model, dtype).double()
+    exact_x = map_floats(torch.Tensor.double, x)
+    found, (size,) = outputs(merged, exact_x), exact(variant, injected(variant, dtype), dtype)[1]
+    assert within(outputs(model, x)[0], found[0], size, roundings(variant, dtype))
+    li.unmerge(model)
+    assert_same(before, model)
+    assert same(outputs(model, x), unmerged)
+
+
 @every
 def test_5_the_base_comes_back_bit_for_bit_after_any_history(variant, dtype):
     model = variant.model(dtype)
@@ -142,13 +178,13 @@ def test_5_the_base_comes_back_bit_for_bit_after_any_history(variant, dtype):
         with li.scaled(model, 3.0), li.disabled(model):
             model(*variant.x(dtype))
         if mergeable:
-            li.merge(model)
+            variant.merge(model)
             with li.disabled(model):
                 model(*variant.x(dtype))
             li.unmerge(model)
         kept = {k: v for k, v in values(model).items() if ".adapters." not in k}
         assert list(kept.items()) == before["values"]
     if mergeable:
-        li.merge(model)
+        variant.merge(model)
     li.uninject(model)
     assert_same(before, model)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import lora_inject as li
 
 Inputs = tuple[Any, ...]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def plainly(site: nn.Module, *x: Any) -> Any:
@@ -42,6 +43,10 @@ class Variant:
     """Name of the parameter that is the site, where it is no module."""
     linear: bool = True
     """Whether absolute inputs and weights give bounds of the outputs' terms: no softmax, no tanh."""
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    """The dtypes of inputs that the module itself takes."""
+    pickles: bool = True
+    """Whether Python can pickle the module itself."""
 
     @property
     def id(self) -> str:
@@ -56,6 +61,28 @@ class Variant:
         with torch.random.fork_rng():
             torch.manual_seed(1)
             return Holder(self.make().to(dtype), self.call).requires_grad_(False)
+
+    def thawed(self, dtype: torch.dtype) -> Holder:
+        """Returns the model with everything trained that can be."""
+        return self.model(dtype).requires_grad_(True)
+
+    def plain(self, dtype: torch.dtype) -> Holder:
+        """Returns a frozen model that stands for the same numbers, and whose weights can be computed with."""
+        return self.model(dtype)
+
+    def merge(self, model: nn.Module) -> li.MergeReport:
+        """Merges all adapters."""
+        return li.merge(model)
+
+    def blur(self, base: nn.Module, x: Inputs, size: Tensor) -> Tensor | float:
+        """Returns how far the module's own output may be from the exact one beyond the roundings of the dtype.
+
+        Args:
+            base: the plain model, in float64.
+            x: its inputs, in float64.
+            size: the sum of the absolute values of the output's terms.
+        """
+        return 0.0
 
     def x(self, dtype: torch.dtype) -> Inputs:
         with torch.random.fork_rng():

@@ -15,8 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from variant import Variant, by_keyword
 from variants_full import FULL
 from variants_more import MORE
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from variants_quantized import QUANTIZED
 
 
 class PlainSubclass(nn.Linear):
@@ -205,4 +204,4 @@ for _name, _own in {"same": {"padding": "same"}, "groups": {"groups": 2, "stride
     for _how in ("pointwise", "balanced"):
         _more = {"options": {"factorization": _how, "bias": True}}
         VARIANTS.append(_conv(f"3d-{_how}-{_name}", nn.Conv3d, (2, 2, 4, 5, 4), 2, 4, 3, **_own, **_more))
-VARIANTS += [*MORE, *FULL]
+VARIANTS += [*MORE, *FULL, *QUANTIZED]
