@@ -13,11 +13,11 @@ import torch
 from .commit import Undo
 from .computed import computed_weight
 from .errors import UnsupportedError
-from .host import Adapters
 from .keeping import Kept, Replaced, Through, overlaps
 from .merge_job import Job, Merged, MergeOptions, report_row
 from .merge_ways import merge_parameter
 from .quantized import stored_weight
+from .slots import Adapters
 from .ties import Ties
 
 Work = tuple[Any, str, Sequence[str]]

@@ -14,8 +14,10 @@ from torch.nn.parameter import is_lazy
 from .adapter import Adapter, Layout
 from .config import DTYPES, SiteConfig, derive, dtype_name
 from .errors import ConfigError, StateError, TargetError, UnsupportedError, did_you_mean
-from .host import Host, base_class, base_tensor, family_for, is_outermost, slot
+from .host import Host, base_class, base_tensor, is_outermost
 from .quantized import quantized_format
+from .slots import slot
+from .swap import family_for
 from .tree import INNER, Node
 
 FLOATS = frozenset(DTYPES.values())

@@ -14,12 +14,13 @@ from .adapter import Adapter
 from .bulk import uncollected
 from .commit import Undo, all_or_nothing
 from .errors import StateError, UnsupportedError
-from .host import attach, class_for, detach, is_host, is_outermost, restorer
+from .host import is_host, is_outermost
 from .merging import bake_host, merge_again, unmerge_host
 from .offload import guard, release
 from .plan import Plan, plan_nodes
 from .refs import AdapterRef, adapters, by_host, chosen
 from .sites import Site
+from .swap import attach, class_for, detach, restorer
 from .ties import Ties, find_ties, share
 from .tree import Node, walk
 

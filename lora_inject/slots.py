@@ -1,0 +1,40 @@
+"""What a host holds: its adapters by slot, and what a merge has kept to go back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import nn
+
+from .bulk import init_module
+from .keeping import Kept
+
+
+def slot(name: str, parameter: str | None = None) -> str:
+    """Returns the key of an adapter in its host: its name, and the parameter it serves if it serves one alone."""
+    return name if parameter is None else f"{name}@{parameter}"
+
+
+class Adapters(nn.ModuleDict):
+    """The child of a host, by whose name it stands in the tree and in the state dict."""
+
+    kept: dict[str, Kept]
+    merged_by: Any
+    """The options of the last merge, by which others make it again; None before the first."""
+
+    def __init__(self, training: bool) -> None:
+        init_module(self, training=training, kept={}, merged_by=None)
+
+    def named(self) -> Iterator[tuple[str, Any]]:
+        """Yields the name and the adapter of every slot."""
+        for key, adapter in self._modules.items():
+            yield key.partition("@")[0], adapter
+
+    def of(self, names: Collection[str]) -> list[Any]:
+        """Returns the adapters of these names."""
+        return [adapter for name, adapter in self.named() if name in names]
+
+    def merged_names(self) -> list[str]:
+        """Returns the names of the adapters that the host's parameters hold now."""
+        return list(dict.fromkeys(name for name, adapter in self.named() if adapter.merged))

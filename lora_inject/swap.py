@@ -1,0 +1,134 @@
+"""The only code that touches `__class__`: a module becomes a host, and stops being one.
+
+The module object stays what it is. Which class it gets follows from its base and from the adapters that it carries.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+from torch import nn
+
+from .adapter import Adapter
+from .host import Host, OutputHost, base_class, host_class, recipe_of
+from .registry import source_of
+from .slots import Adapters, slot
+from .tree import INNER
+
+
+def family_for(adapter_class: type[Adapter], module: nn.Module) -> type[Adapter] | None:
+    """Returns the class whose `base_forward` serves the module, or None where its own forward must run.
+
+    A forward set on the instance (by some patchers) is unknown to the adapter class, and calls the base's forward,
+    which reads the properties. Of accelerate's hooks it is known what they call, so that the host's forward can stand
+    there for those whose update no reader sees.
+    """
+    replaced = "forward" in module.__dict__ and (adapter_class.readable or not _is_hooked(module))
+    return adapter_class if not replaced and adapter_class.knows_forward(module) else None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Says whether the instance's forward is that of a hook of accelerate, which calls the forward of the class."""
+    own = module.__dict__
+    hook, called = getattr(own.get("forward"), "func", None), own.get("_old_forward")
+    return (
+        getattr(hook, "__module__", None) == "accelerate.hooks"
+        and isinstance(called, types.MethodType)
+        and called.__self__ is module
+        and called.__func__ is type(module).forward
+    )
+
+
+def class_for(module: nn.Module, adapter: Adapter) -> type:
+    """Returns the host class that the module has with this adapter added."""
+    kind = type(adapter)
+    if not isinstance(module, Host):
+        base = type(module)
+        return host_class(base, adapter.updates, family_for(kind, module), source_of(base))
+    family = module.lora_family
+    if not adapter.readable and family is None:
+        # Who reads the weight would miss it, so the host must act on the output from now on.
+        family = family_for(kind, module)
+    return _class_with(module, (*module.lora_names, *adapter.updates), family)
+
+
+def _class_without(host: Host, left: Collection[Any]) -> type:
+    """Returns the host class for the adapters that are left: nothing of those that went binds those to come."""
+    family = host.lora_family
+    served = family is not None and any(isinstance(adapter, family) for adapter in left)
+    return _class_with(host, [name for adapter in left for name in adapter.updates], family if served else None)
+
+
+def _class_with(host: Host, names: Iterable[str], family: type[Adapter] | None) -> type:
+    known = host.lora_base, tuple(dict.fromkeys(names)), family, host.lora_source
+    return type(host) if known == recipe_of(host) else host_class(*known)
+
+
+def _swap(module: nn.Module, cls: type) -> None:
+    # Past nn.Module's own __setattr__, which is slow and looks for parameters.
+    object.__setattr__(module, "__class__", cls)
+
+
+def attach(module: nn.Module, name: str, adapter: Adapter) -> None:
+    """Puts an adapter into a module and makes it a host if it is none yet; all checks lie behind the caller."""
+    if adapter.training != module.training:
+        adapter.train(module.training)
+    swapped, hooked = class_for(module, adapter), _is_hooked(module)
+    if not isinstance(module, Host):
+        module._modules[INNER] = Adapters(module.training)
+    module._modules[INNER]._modules[slot(name, adapter.parameter)] = adapter  # type: ignore[union-attr]
+    _swap(module, swapped)
+    if hooked and isinstance(module, OutputHost):
+        module.__dict__["_old_forward"] = types.MethodType(OutputHost.forward, module)
+
+
+def detach(module: nn.Module, name: str, parameter: str | None = None) -> Adapter:
+    """Takes one adapter out and returns it with its weights; the last one out gives the module its class back."""
+    inner: Any = module._modules[INNER]
+    adapter: Adapter = inner._modules.pop(slot(name, parameter))
+    if inner._modules:
+        _swap(module, _class_without(module, inner._modules.values()))  # type: ignore[arg-type]
+        drop_stale_forward(module)
+        return adapter
+    source = module.lora_source
+    _swap(module, base_class(module))
+    del module._modules[INNER]
+    drop_stale_forward(module)
+    if source is not None:
+        source.settle(module)  # type: ignore[union-attr, operator]
+    return adapter
+
+
+def drop_stale_forward(module: nn.Module) -> None:
+    """Frees the instance of bound methods of its former host class.
+
+    accelerate keeps the forward that it found, the host's, in `_old_forward`, and sets it as the instance's forward
+    when its hook goes.
+    """
+    for key, value in list(module.__dict__.items()):
+        if getattr(value, "__func__", None) is OutputHost.forward and not isinstance(module, OutputHost):
+            if key == "forward":
+                del module.__dict__[key]
+            else:
+                module.__dict__[key] = types.MethodType(type(module).forward, module)
+
+
+def restorer(module: nn.Module) -> Callable[[], None]:
+    """Returns a function that gives the module the class, adapters and instance attributes that it has now."""
+    cls, inner, own = type(module), module._modules.get(INNER), dict(module.__dict__)
+    held = dict(inner._modules) if isinstance(inner, Adapters) else None
+
+    def restore() -> None:
+        _swap(module, cls)
+        module.__dict__.update(own)
+        if held is None:
+            if isinstance(module._modules.get(INNER), Adapters):
+                del module._modules[INNER]
+            return
+        module._modules[INNER] = inner
+        inner._modules.clear()  # type: ignore[union-attr]
+        inner._modules.update(held)  # type: ignore[union-attr]
+
+    return restore
