@@ -15,10 +15,11 @@ from .errors import LoraInjectError, TargetError, UnsupportedError, listing
 from .host import base_class, base_tensor
 from .recipe import Recipe
 from .selection import Candidate, Selection
-from .sites import Site, make_site, share_sites, why_not
+from .sites import Site, make_site, share_sites
 from .tables import dims, percent, table
 from .targets import Target, as_targets, is_literal, matcher, nearest_paths
 from .tree import Node, walk
+from .weights import why_not
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ FLOORS = [
     {"targets", "adapter", "adapter_file", "safewrite"},
     {"registry", "recipe", "blocks", "slots"},
     {"host"},
-    {"swap"},
+    {"swap", "weights"},
     {"factored", "residual", "sites", "fingerprint", "recipe_schema", "ties", "computed"},
     {"adapters.*", "formats.*", "refs", "merge_job", "selection", "recipe_file"},
     {"adapters", "formats", "plan", "merge_ways"},
