@@ -235,3 +235,46 @@ def test_no_segment_of_a_wrapper_shows_in_paths_or_files(tmp_path):
     assert {ref.path for ref in li.adapters(wrapped)} == {"0.first", "0.mix"}
     assert not any("_orig_mod" in name or "_checkpoint_wrapped" in name for name in shown)
     assert b"_orig_mod" not in path.read_bytes() and b"_checkpoint_wrapped" not in path.read_bytes()
+
+
+class Breaking(nn.Module):
+    """Fails in the forward that has seen the adapters perturbed."""
+
+    def __init__(self, after: int | None) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 3))
+        self.after = after
+
+    def forward(self, x):
+        if self.after is not None:
+            self.after -= 1
+            if self.after < 0:
+                raise RuntimeError("out of memory, say")
+        return self.inner(x)[0]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("after", [None, 0, 1, 2])
+def test_verify_leaves_everything_bit_for_bit_as_it_was_even_where_the_model_fails(trained, after):
+    torch.manual_seed(0)
+    model = Breaking(after)
+    li.inject(model, ["inner.0", "inner.1"], rank=2)
+    if trained:
+        fill(model)
+    for parameter in li.adapter_parameters(model).values():
+        parameter.grad = torch.randn_like(parameter)
+    before, generator = snapshot(model), torch.get_rng_state()
+    grads = [p.grad.clone() for p in li.adapter_parameters(model).values()]
+    x = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(1))
+    failed = False
+    try:
+        report = li.verify(model, x)
+        assert report.ok and len(report.verdicts) == 3
+    except RuntimeError as error:
+        failed = "out of memory" in str(error)
+    assert failed is (after is not None)
+    assert_same(before, model)
+    assert torch.equal(torch.get_rng_state(), generator)
+    now = [p.grad for p in li.adapter_parameters(model).values()]
+    assert all(torch.equal(one, other) for one, other in zip(now, grads, strict=True))
+    assert not any(ref.adapter.merged for ref in li.adapters(model))
