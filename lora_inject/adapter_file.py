@@ -19,9 +19,6 @@ from .version import VERSION
 FORMAT = "lora_inject"
 FORMAT_VERSION = 1
 _quoted = json.encoder.encode_basestring_ascii
-_SITE_KEYS = frozenset(("path", "aliases", "adapter", "options", *SITE_OPTIONS))
-_ADDED = {"train_a": True}
-"""Options that files of this version did not have at first, and what a file without one means."""
 _SITE_KEYS = frozenset(("path", "aliases", "adapter", "options", "tied", *SITE_OPTIONS))
 _ADDED: dict[str, Any] = {"train_a": True, "tied": {}}
 """Keys that files of this version did not have at first, and what a file without one means."""
@@ -123,12 +120,9 @@ def _written_site(record: SiteRecord, options: str) -> str:
     """Returns a site as JSON; thousands of them share their options, which are given written."""
     aliases = json.dumps(record.aliases) if record.aliases else "[]"
     extras = json.dumps(dict(record.extras)) if record.extras else "{}"
+    tied = f'"tied": {json.dumps(dict(record.tied))}, ' if record.tied else ""
     where = f'"path": {_quoted(record.path)}, "aliases": {aliases}, "adapter": {_quoted(record.kind)}'
-    return f'{{{where}, {options}, "options": {extras}}}'
-def _write_site(record: SiteRecord, options: Mapping[str, Any]) -> dict[str, Any]:
-    where = {"path": record.path, "aliases": list(record.aliases), "adapter": record.kind}
-    tied = {"tied": dict(record.tied)} if record.tied else {}
-    return {**where, **options, **tied, "options": dict(record.extras)}
+    return f'{{{where}, {options}, {tied}"options": {extras}}}'
 
 
 def _options_of(config: SiteConfig) -> dict[str, Any]:
