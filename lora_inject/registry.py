@@ -109,7 +109,8 @@ def adapter_for_parameter(module: nn.Module, name: str) -> type[Adapter] | None:
 
 def source_of(base: type) -> type[Adapter] | None:
     """Returns the class that brings further members for hosts of a base class, whichever adapters they carry."""
-    for known in registered():
+    # Without the lock, which an interrupt could leave closed; planning has loaded the plug-ins.
+    for known in tuple(_classes):
         if known.members(base):
             return known
     return None
