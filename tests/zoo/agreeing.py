@@ -61,6 +61,7 @@ AGREEING: dict[str, Fields] = {
         "num_groups": [1, 2, 4, 8],
     },
     "glm46v": {"text_config.rope_parameters.mrope_section": [2, 3, 3]},
+    "glmga": {"text_config.rope_parameters.mrope_section": [2, 3, 3]},
     "grounding-dino": GROUNDING,
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "llama4_vision_model": {"projector_input_dim": 64, "projector_output_dim": 64, "intermediate_size": 256},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -23,6 +24,51 @@ def encode(self: Any, hidden_states: Tensor) -> Any:
     return self.encode(hidden_states)
 
 
+def to_codes(self: Any, pixel_values: Tensor) -> Any:
+    """The only method of an encoder of pictures."""
+    return self.encode(pixel_values)
+
+
+def to_codes_and_back(self: Any, pixel_values: Tensor, image_sizes: Tensor) -> dict[str, Any]:
+    """Both methods of an encoder and decoder of pictures."""
+    seen = self.encode(pixel_values, image_sizes)
+    return {"seen": seen.last_hidden_state, "drawn": self.decode(torch.stack(seen.image_tokens))}
+
+
+def omni(self: Any, input_ids: Tensor, code: Tensor, conditioning: Tensor, reference_mel: Tensor) -> dict[str, Any]:
+    """One step of each of the three stages of `generate`: text, to codes of speech, to sound."""
+    thought = self.thinker(input_ids=input_ids, output_hidden_states=True)
+    spoken = self.talker(
+        input_text_ids=input_ids,
+        inputs_embeds=thought.hidden_states[0] + thought.hidden_states[-1],
+        attention_mask=torch.ones_like(input_ids),
+    )
+    sound = self.token2wav(code, conditioning=conditioning, reference_mel=reference_mel)
+    return {"text": thought.logits, "codes": spoken.logits, "sound": sound}
+
+
+def omni_moe(self: Any, input_ids: Tensor, codes: Tensor) -> dict[str, Any]:
+    """One step of each of the four stages of `generate`: text, to first codes of speech, to all codes, to sound."""
+    talker = self.talker
+    thought = self.thinker(input_ids=input_ids, output_hidden_states=True)
+    text = talker.text_projection(thought.hidden_states[0])
+    heard = talker.hidden_projection(thought.hidden_states[talker.config.accept_hidden_layer])
+    spoken = talker(inputs_embeds=text + heard, output_hidden_states=True)
+    first = talker.get_input_embeddings()(codes[:, 0, :1])
+    residual = talker.code_predictor(inputs_embeds=torch.cat([spoken.hidden_states[0][-1][:, -1:], first], 1))
+    sound = self.code2wav(codes)
+    return {"text": thought.logits, "codes": spoken.logits, "residual": residual.logits, "sound": sound}
+
+
+def spoken_text(
+    self: Any, input_ids: Tensor, input_values: Tensor, padding_mask: Tensor, noisy: Tensor, times: Tensor
+) -> dict[str, Any]:
+    """A step of `generate`: the next token, and a step of the diffusion that makes sound out of the last state."""
+    read = self.model(input_ids=input_ids, input_values=input_values, padding_mask=padding_mask, sample=False)
+    last = read.last_hidden_state[:, -1]
+    return {"logits": self.lm_head(last), "noise": self.model.diffusion_head(noisy, times, last)}
+
+
 def track(self: Any, inference_session: Any) -> list[Any]:
     """Follows what is marked in the first frame into the second, which remembers the first; gradients are on."""
     forwards = [vars(cls).get("forward") for cls in type(self).__mro__]
@@ -30,7 +76,15 @@ def track(self: Any, inference_session: Any) -> list[Any]:
     return [forward(self, inference_session, frame_idx=frame) for frame in (0, 1)]
 
 
-CALLED: dict[str, Callable[..., Any]] = {"bark": bark, "glm_image_vqmodel": encode}
+CALLED: dict[str, Callable[..., Any]] = {
+    "bark": bark,
+    "chameleon_vqgan": to_codes,
+    "emu3_vqgan": to_codes_and_back,
+    "glm_image_vqmodel": encode,
+    "qwen2_5_omni": omni,
+    "qwen3_omni_moe": omni_moe,
+    "vibevoice": spoken_text,
+}
 CALLED |= dict.fromkeys(("edgetam_video", "sam2_video", "sam3_tracker_video"), track)
 
 

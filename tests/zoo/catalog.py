@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .called import CALLED
+
 # Classes with a head come first, since a head is where weights are tied.
 PREFERRED = (
     "PRETRAINING",
@@ -21,6 +23,9 @@ PREFERRED = (
     "OBJECT_DETECTION",
     "UNIVERSAL_SEGMENTATION",
 )
+
+BORROWED = {"nougat": ("VisionEncoderDecoderModel",)}
+"""Classes that the documentation of a config names for it, and no auto class."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ def architectures() -> list[Architecture]:
 def _model_classes(name: str) -> tuple[str, ...]:
     from transformers.models.auto import modeling_auto
 
+    if name in BORROWED:
+        return BORROWED[name]
     mappings = [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in PREFERRED]
     entries = [mapping.get(name) for mapping in (*mappings, modeling_auto.MODEL_MAPPING_NAMES)]
     flat = [[entry] if isinstance(entry, str) else list(entry or ()) for entry in entries]
@@ -75,7 +82,7 @@ def model_classes(architecture: Architecture) -> Iterator[Any]:
         raise
     for name, found in inspect.getmembers(module, inspect.isclass):
         takes = getattr(found, "config_class", None) is config and issubclass(found, transformers.PreTrainedModel)
-        if takes and name not in seen and "forward" in vars(found):
+        if takes and name not in seen and ("forward" in vars(found) or architecture.name in CALLED):
             yield found
 
 

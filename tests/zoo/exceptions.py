@@ -60,6 +60,20 @@ SOME_SPARSE = {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"] 
 SHORT_CODEC = {"num_filters": 8, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]}
 EMU_TOKENS = {"<image>": 250, "<|extra_200|>": 249} | {f"<|visual token {n:06}|>": 4 + n for n in range(4)}
 ALL_SHARED = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 30}
+NOUGAT = {
+    "encoder.image_size": [32, 32],
+    "encoder.window_size": 2,
+    "encoder.hidden_size": 128,
+    "decoder.is_decoder": True,
+    "decoder.add_cross_attention": True,
+    "decoder.d_model": 128,
+}
+POINTMAP = {
+    "upsample_out_channels": [16, 16],
+    "conv_out_channels": [16],
+    "scale_conv_out_channels": [16],
+    "scale_final_hidden_sizes": [16, 16],
+}
 INDEXER = {
     "indexer_n_heads": 4,
     "indexer_kv_heads": 1,
@@ -115,6 +129,7 @@ EXCEPTIONS: dict[str, Exception_] = {
     "autoformer": Exception_(start=FORECAST.start, set={"label_length": 2}),
     "bamba": Exception_(start={"attn_layer_indices": [1]}),
     "blt": Exception_(set={"encoder_hash_byte_group_vocab": 64}),
+    "chameleon_vqgan": Exception_(set={"base_channels": 32, "resolution": 64}),
     "chameleon": Exception_(start={"vocabulary_map": {"<image>": 250, "IMGIMGBZ": 4}}),
     "cohere_compass": Exception_(
         start={"text_config": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}}}
@@ -143,6 +158,7 @@ EXCEPTIONS: dict[str, Exception_] = {
         start={"vocabulary_map": EMU_TOKENS},
         set={"vq_config.base_channels": 32, "vq_config.hidden_size": 128, "vq_config.codebook_size": 4},
     ),
+    "emu3_vqgan": Exception_(set={"base_channels": 32, "hidden_size": 128, "codebook_size": 4}),
     "esm": Exception_(start={"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32}),
     "esmfold2": Exception_(
         set={
@@ -172,7 +188,11 @@ EXCEPTIONS: dict[str, Exception_] = {
     "gemma3n_text": Exception_(set={"num_kv_shared_layers": 0}),
     "gemma3n_vision": Exception_(set={"architecture": "test_efficientnet"}),
     "gemma4_assistant": Exception_(start={"text_config": ALL_SHARED}, set={"text_config.num_kv_shared_layers": 4}),
-    "gemma4_unified": Exception_(start={"vision_config": {}, "audio_config": {}}),
+    "gemma4_unified": Exception_(
+        start={"vision_config": {}, "audio_config": {}},
+        set={"vision_config.mm_embed_dim": 64, "vision_config.patch_size": 4, "audio_config.audio_embed_dim": 64},
+    ),
+    "gemma4_unified_assistant": Exception_(set={"text_config.num_kv_shared_layers": 2}),
     "glm5_next": Exception_(set={"text_config.index_topk": 16}),
     "glm5_next_text": Exception_(set={"index_topk": 16}),
     "granite4_vision": Exception_(
@@ -204,11 +224,13 @@ EXCEPTIONS: dict[str, Exception_] = {
     "nemotron_asr_streaming": BOOLEAN_MASK,
     "nemotron_asr_streaming_encoder": BOOLEAN_MASK,
     "neucodec": Exception_(sharp=False),
+    "nougat": Exception_(start={"encoder": {"model_type": "donut-swin"}, "decoder": {"model_type": "mbart"}}, set=NOUGAT),
     "omdet-turbo": Exception_(
         set={
             "backbone_config.out_indices": [1, 2, 3],
             "vision_features_channels": [64, 64, 64],
-            "decoder_hidden_dim": 32,
+            "class_embed_dim": 32,
+            "text_projection_out_dim": 32,
             "num_queries": 4,
         }
     ),
@@ -227,7 +249,10 @@ EXCEPTIONS: dict[str, Exception_] = {
     "qwen2_5_omni_bigvgan": Exception_(set={"upsample_initial_channel": 128}),
     "qwen2_5_omni_dit": Exception_(attention="sdpa"),
     "qwen2_5_omni_token2wav": Exception_(set={"bigvgan_config.upsample_initial_channel": 128}),
-    "qwen3_omni_moe": Exception_(start={"talker_config": {"text_config": {"shared_expert_intermediate_size": 32}}}),
+    "qwen3_omni_moe": Exception_(
+        start={"talker_config": {"text_config": {"shared_expert_intermediate_size": 32}, "spatial_merge_size": 2}},
+        set={"talker_config.accept_hidden_layer": 1},
+    ),
     "qwen3_omni_moe_talker_text": Exception_(start={"shared_expert_intermediate_size": 32}),
     "qwen4_exp": Exception_(set={f"text_config.{k}": v for k, v in INDEXER.items()}),
     "qwen4_exp_text": Exception_(set=INDEXER),
@@ -247,6 +272,7 @@ EXCEPTIONS: dict[str, Exception_] = {
             "pretrain_image_size": 32,
         }
     ),
+    "sapiens2": Exception_(set={"head_config": POINTMAP}, classes=("Sapiens2ForPointmapEstimation",)),
     "slanet": Exception_(classes=("SLANetForTableRecognition",)),
     "table-transformer": ON_RESNET,
     "time_series_transformer": FORECAST,

@@ -137,6 +137,14 @@ def tvp(config: Any) -> Inputs:
     return {"input_ids": tokens(1, TOKENS), "pixel_values": random(1, config.num_frames, 3, side, side)}
 
 
+def picture(config: Any) -> Inputs:
+    return {"pixel_values": random(1, 3, 32, 32)}
+
+
+def sized_picture(config: Any) -> Inputs:
+    return picture(config) | {"image_sizes": torch.tensor([[32, 32]])}
+
+
 def text_lines(config: Any) -> Inputs:
     return {"pixel_values": random(ROWS, 3, 96, 64)}
 
@@ -146,7 +154,9 @@ def frames(config: Any) -> Inputs:
 
 
 IMAGES: Makers = {
+    "chameleon_vqgan": picture,
     "colqwen2": colqwen2,
+    "emu3_vqgan": sized_picture,
     "ernie4_5_vl_moe": ernie_vl,
     "depth_pro": big_images,
     "florence_vision": images,

@@ -280,7 +280,7 @@ TABLE: dict[str, Callable[[Any], Inputs]] = {
     "Emu3(Model|ForConditionalGeneration)": _pictured,
     "FunAsrNanoEncoder": _stacked,
     "Gemma3nAudioEncoder": _heard,
-    "Gemma4AssistantForCausalLM": _shared,
+    "Gemma4(Unified)?AssistantForCausalLM": _shared,
     "Gemma4VisionModel": _placed,
     "InstructBlip(Video)?(Model|ForConditionalGeneration)": _instruct,
     "JevForDecision": _question,
