@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tests.zoo.given import GIVEN
 from tests.zoo.lifecycle import Failure, live
 from tests.zoo.pool import examine
 from tests.zoo.shrink import shrink
-from tests.zoo.specimen import Specimen, find, runs
+from tests.zoo.specimen import Missing, Specimen, find, runs
 from tests.zoo.table import MEANINGS, render
 
 FAMILIES = {
@@ -155,6 +156,36 @@ def test_a_whole_counts_only_where_it_calls_the_part():
 @pytest.mark.zoo
 def test_a_part_without_a_class_of_its_own_lives_in_a_whole(by_name):
     assert find(by_name["sam_mask_decoder"]).whole == "sam"
+
+
+CONTRADICTORY = [name for name, exception in EXCEPTIONS.items() if exception.contradiction[0]]
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", CONTRADICTORY)
+def test_what_transformers_rules_out_still_fails_as_told(name, by_name):
+    with pytest.raises(Missing) as missing:
+        find(by_name[name])
+    assert missing.value.problems[0] == EXCEPTIONS[name].contradiction[1]
+
+
+@pytest.mark.zoo
+def test_another_error_than_the_one_told_is_not_explained_away(by_name, monkeypatch):
+    exception = EXCEPTIONS["nougat"]
+    monkeypatch.setitem(EXCEPTIONS, "nougat", replace(exception, contradiction=("another error", "why")))
+    with pytest.raises(Missing, match="default config fails, too"):
+        find(by_name["nougat"])
+
+
+@pytest.mark.zoo
+def test_no_model_takes_the_config_of_nougat(by_name):
+    """Its parts are named, since the default name of one, donut_swin, is none that transformers knows."""
+    from transformers import VisionEncoderDecoderConfig, VisionEncoderDecoderModel
+
+    config = config_class(by_name["nougat"])(encoder={"model_type": "donut-swin"}, decoder={"model_type": "mbart"})
+    assert not isinstance(config, VisionEncoderDecoderConfig)
+    with pytest.raises(ValueError, match=r"donut_swin|has to be of type"):
+        VisionEncoderDecoderModel(config)
 
 
 def test_the_table_has_every_architecture_and_its_reason():

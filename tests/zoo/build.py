@@ -39,7 +39,7 @@ def small_config(architecture: Architecture, narrow: bool) -> Any:
         for parent in parents:
             place = place[parent]
         place[name] = value
-    return cls(**fields) if exception and exception.direct else cls.from_dict(fields)
+    return cls.from_dict(fields)
 
 
 def _uses_sections(architecture: Architecture) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -69,20 +70,47 @@ def spoken_text(
     return {"logits": self.lm_head(last), "noise": self.model.diffusion_head(noisy, times, last)}
 
 
+def fold(self: Any, **features: Any) -> Any:
+    """The whole way to a structure and how sure it is, with gradients on; it calls the model for its trunk alone."""
+    if "atom_inputs" in features:
+        return _beyond(self, fold)(self, **features)
+    return type(self).fold.__wrapped__(self, **features)
+
+
+def _beyond(self: Any, forward: Any) -> Any:
+    """Returns the forward that a class would have without this one."""
+    forwards = [vars(cls)["forward"] for cls in type(self).__mro__ if "forward" in vars(cls)]
+    return forwards[forwards.index(forward) + 1]
+
+
 def track(self: Any, inference_session: Any) -> list[Any]:
     """Follows what is marked in the first frame into the second, which remembers the first; gradients are on."""
-    forwards = [vars(cls).get("forward") for cls in type(self).__mro__]
-    forward = next(found.__wrapped__ for found in forwards if hasattr(found, "__wrapped__"))
+    forward = _with_gradients(self)
     return [forward(self, inference_session, frame_idx=frame) for frame in (0, 1)]
+
+
+def find_and_track(self: Any, inference_session: Any) -> list[Any]:
+    """Finds in both frames what a text describes, and follows it, with gradients in the tracker within, too."""
+    tracker = self.tracker_model
+    with mock.patch.object(type(tracker), "forward", _with_gradients(tracker)):
+        return track(self, inference_session)
+
+
+def _with_gradients(model: Any) -> Any:
+    """Returns the forward within a decorator that switches gradients off."""
+    forwards = [vars(cls).get("forward") for cls in type(model).__mro__]
+    return next(found.__wrapped__ for found in forwards if hasattr(found, "__wrapped__"))
 
 
 CALLED: dict[str, Callable[..., Any]] = {
     "bark": bark,
     "chameleon_vqgan": to_codes,
     "emu3_vqgan": to_codes_and_back,
+    "esmfold2": fold,
     "glm_image_vqmodel": encode,
     "qwen2_5_omni": omni,
     "qwen3_omni_moe": omni_moe,
+    "sam3_video": find_and_track,
     "vibevoice": spoken_text,
 }
 CALLED |= dict.fromkeys(("edgetam_video", "sam2_video", "sam3_tracker_video"), track)

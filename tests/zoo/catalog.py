@@ -24,9 +24,6 @@ PREFERRED = (
     "UNIVERSAL_SEGMENTATION",
 )
 
-BORROWED = {"nougat": ("VisionEncoderDecoderModel",)}
-"""Classes that the documentation of a config names for it, and no auto class."""
-
 
 @dataclass(frozen=True)
 class Architecture:
@@ -48,8 +45,6 @@ def architectures() -> list[Architecture]:
 def _model_classes(name: str) -> tuple[str, ...]:
     from transformers.models.auto import modeling_auto
 
-    if name in BORROWED:
-        return BORROWED[name]
     mappings = [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in PREFERRED]
     entries = [mapping.get(name) for mapping in (*mappings, modeling_auto.MODEL_MAPPING_NAMES)]
     flat = [[entry] if isinstance(entry, str) else list(entry or ()) for entry in entries]

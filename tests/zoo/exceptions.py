@@ -20,8 +20,7 @@ class Exception_:
         attention: the implementation, where its eager one has a defect.
         sharp: False where its code rounds to float32 on the way, so that nothing is gained by float64.
         train: True where its backward pass works in training mode only, in which it then runs, without dropout.
-        direct: True where transformers cannot print the config, as it does on the way from a dict.
-        skip: why there is nothing to build or to run; empty where there is.
+        contradiction: a piece of the error that transformers raises for every config, and what contradicts what there.
     """
 
     start: Mapping[str, Any] = field(default_factory=dict)
@@ -30,8 +29,7 @@ class Exception_:
     attention: str = "eager"
     sharp: bool = True
     train: bool = False
-    skip: str = ""
-    direct: bool = False
+    contradiction: tuple[str, str] = ("", "")
 
 
 RESNET = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 1]}
@@ -62,20 +60,15 @@ SOME_SPARSE = {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"] 
 SHORT_CODEC = {"num_filters": 8, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]}
 EMU_TOKENS = {"<image>": 250, "<|extra_200|>": 249} | {f"<|visual token {n:06}|>": 4 + n for n in range(4)}
 ALL_SHARED = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 30}
-NOUGAT = {
-    "encoder.image_size": [32, 32],
-    "encoder.window_size": 2,
-    "encoder.hidden_size": 128,
-    "decoder.is_decoder": True,
-    "decoder.add_cross_attention": True,
-    "decoder.d_model": 128,
-}
 POINTMAP = {
     "upsample_out_channels": [16, 16],
     "conv_out_channels": [16],
     "scale_conv_out_channels": [16],
     "scale_final_hidden_sizes": [16, 16],
 }
+DETECTOR_WIDTHS = ["vision_config.fpn_hidden_size"] + [
+    f"{part}_config.hidden_size" for part in ("geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder")
+]
 INDEXER = {
     "indexer_n_heads": 4,
     "indexer_kv_heads": 1,
@@ -193,13 +186,24 @@ EXCEPTIONS: dict[str, Exception_] = {
     ),
     "gemma3n_text": Exception_(set={"num_kv_shared_layers": 0}),
     "gemma3n_vision": Exception_(set={"architecture": "test_efficientnet"}),
-    "gemma4_assistant": Exception_(start={"text_config": ALL_SHARED}, set={"text_config.num_kv_shared_layers": 4}),
+    "gemma4_assistant": Exception_(
+        start={"text_config": ALL_SHARED},
+        set={"text_config.num_kv_shared_layers": 4},
+        contradiction=(
+            "The set of layer types producing a cache is different than the set of layer types using them",
+            "its config demands that all layers of its text model take keys and values from others, and that text "
+            "model demands that one layer of each kind does not",
+        ),
+    ),
     "gemma4_unified": Exception_(
         start={"vision_config": {}, "audio_config": {}},
         set={"vision_config.mm_embed_dim": 64, "vision_config.patch_size": 4, "audio_config.audio_embed_dim": 64},
     ),
     "gemma4_unified_assistant": Exception_(
-        set={"text_config.layer_types": ["sliding_attention", "full_attention"] * 2, "text_config.num_kv_shared_layers": 2}
+        set={
+            "text_config.layer_types": ["sliding_attention", "full_attention"] * 2,
+            "text_config.num_kv_shared_layers": 2,
+        }
     ),
     "glm5_next": Exception_(set={"text_config.index_topk": 16}),
     "glm5_next_text": Exception_(set={"index_topk": 16}),
@@ -232,7 +236,13 @@ EXCEPTIONS: dict[str, Exception_] = {
     "nemotron_asr_streaming": BOOLEAN_MASK,
     "nemotron_asr_streaming_encoder": BOOLEAN_MASK,
     "neucodec": Exception_(sharp=False),
-    "nougat": Exception_(start={"encoder": {"model_type": "donut-swin"}, "decoder": {"model_type": "mbart"}}, set=NOUGAT, direct=True),
+    "nougat": Exception_(
+        contradiction=(
+            "Unrecognized model type for subconfig: donut_swin",
+            "its config names a part donut_swin that transformers knows as donut-swin, and so cannot be read back; "
+            "VisionEncoderDecoderModel, for which it is documented, refuses all but VisionEncoderDecoderConfig",
+        ),
+    ),
     "omdet-turbo": Exception_(
         set={
             "backbone_config.out_indices": [1, 2, 3],
@@ -278,6 +288,19 @@ EXCEPTIONS: dict[str, Exception_] = {
             "intermediate_hidden_state_indices": [1, 2, 3],
             "image_size": [64, 32],
             "pretrain_image_size": 32,
+        }
+    ),
+    "sam3_video": Exception_(
+        set={
+            **{f"tracker_config.{k}": v for k, v in {"image_size": 56, **SMALL_FRAMES}.items()},
+            **{f"detector_config.{k}": 128 for k in DETECTOR_WIDTHS},
+            "low_res_mask_size": 16,
+            "det_nms_thresh": 0.0,
+            "score_threshold_detection": 0.0,
+            "new_det_thresh": 0.0,
+            "fill_hole_area": 0,
+            "hotstart_delay": 0,
+            "detector_config.detr_decoder_config.num_queries": 4,
         }
     ),
     "sapiens2": Exception_(set={"head_config": POINTMAP}, classes=("Sapiens2ForPointmapEstimation",)),

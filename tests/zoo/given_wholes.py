@@ -43,6 +43,19 @@ def qwen3_omni_moe(config: Any) -> Inputs:
     return {"input_ids": tokens(1, TOKENS), "codes": tokens(1, sound.num_quantizers, TOKENS)}
 
 
+def sam3_video(config: Any) -> Inputs:
+    """Returns a session with a video of two frames, and a text that says what to look for in it."""
+    from transformers.models.sam3_video.modeling_sam3_video import Sam3VideoInferenceSession
+
+    side = config.tracker_config.image_size
+    frames = random(2, 3, side, side)
+    session = Sam3VideoInferenceSession(frames, video_height=side, video_width=side, dtype=frames.dtype)
+    prompt = session.add_prompt("something")
+    session.prompt_input_ids[prompt] = tokens(1, TOKENS)
+    session.prompt_attention_masks[prompt] = ones(1, TOKENS)
+    return {"inference_session": session}
+
+
 def vibevoice(config: Any) -> Inputs:
     samples = TOKENS * config.audio_config.hop_length
     return {
@@ -56,8 +69,6 @@ def vibevoice(config: Any) -> Inputs:
 
 def esmfold2(config: Any) -> Inputs:
     """Returns a protein of one chain, two atoms to a residue, with two sequences aligned to it."""
-    from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2AtomInputs
-
     atoms = 2 * TOKENS
     place, owner = torch.arange(TOKENS)[None], torch.arange(atoms)[None] // 2
     zero = torch.zeros(1, TOKENS, dtype=torch.long)
@@ -67,20 +78,21 @@ def esmfold2(config: Any) -> Inputs:
         "residue_index": place,
         **dict.fromkeys(("asym_id", "sym_id", "entity_id", "mol_type"), zero),
         "res_type": residues,
-        "token_bonds": torch.zeros(1, TOKENS, TOKENS, 1),
+        "token_bonds": random(1, TOKENS, TOKENS, 1),  # where it is zero, adding nothing turns -0.0 into 0.0
         "attention_mask": ones(1, TOKENS).bool(),
-        "atom_inputs": EsmFold2AtomInputs(
-            ref_pos=random(1, atoms, 3),
-            ref_charge=random(1, atoms),
-            atom_attention_mask=ones(1, atoms).bool(),
-            ref_element=integers(1, 20, 1, atoms),
-            ref_atom_name_chars=integers(1, 40, 1, atoms, config.max_chars),
-            ref_space_uid=owner,
-            atom_to_token=owner,
-        ),
+        "ref_pos": random(1, atoms, 3),
+        "ref_charge": random(1, atoms),
+        "atom_attention_mask": ones(1, atoms).bool(),
+        "ref_element": integers(1, 20, 1, atoms),
+        "ref_atom_name_chars": integers(1, 40, 1, atoms, config.max_chars),
+        "ref_space_uid": owner,
+        "atom_to_token": owner,
+        "distogram_atom_idx": 2 * place,
         "msa": torch.stack([residues, residues.flip(-1)], 1),
         "input_ids": integers(4, 24, 1, TOKENS),
         "num_loops": 1,
+        "num_diffusion_samples": 1,
+        "num_sampling_steps": 3,
     }
 
 
@@ -89,5 +101,6 @@ WHOLES: Makers = {
     "gemma4_unified": gemma4_unified,
     "qwen2_5_omni": qwen2_5_omni,
     "qwen3_omni_moe": qwen3_omni_moe,
+    "sam3_video": sam3_video,
     "vibevoice": vibevoice,
 }

@@ -54,10 +54,14 @@ class _Search:
     building: list[str] = field(default_factory=list)
     running: list[str] = field(default_factory=list)
     default: str = ""
+    contradiction: tuple[str, str] = ("", "")
 
     def missing(self) -> Missing:
         if self.running:
             return Missing("not run", self.running)
+        error, reason = self.contradiction
+        if reason and self.building and any(error in problem for problem in self.building):
+            return Missing("not built", [reason, *self.building])
         if self.default:
             return Missing(
                 "not built", [f"transformers' own default config fails, too: {self.default}", *self.building]
@@ -71,14 +75,12 @@ def find(architecture: Architecture) -> Specimen:
     Raises:
         Missing: nothing builds, or nothing runs.
     """
-    exception = EXCEPTIONS.get(architecture.name)
-    if exception is not None and exception.skip:
-        raise Missing("not built", [exception.skip])
     search = _Search()
     found = _first(architecture, search)
     if found is None:
         found = _within(architecture)
     if found is None:
+        search.contradiction = EXCEPTIONS.get(architecture.name, Exception_()).contradiction
         search.default = _default_fails(architecture) if search.building and not search.running else ""
         raise search.missing()
     return found
