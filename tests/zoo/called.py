@@ -71,10 +71,15 @@ def spoken_text(
 
 
 def fold(self: Any, **features: Any) -> Any:
-    """The whole way to a structure and how sure it is, with gradients on; it calls the model for its trunk alone."""
+    """The way to a structure, with gradients, and how sure it is, without: what that reads is overwritten in place.
+
+    What users call calls the model in turn, for its trunk alone.
+    """
     if "atom_inputs" in features:
         return _beyond(self, fold)(self, **features)
-    return type(self).fold.__wrapped__(self, **features)
+    found = type(self).fold.__wrapped__(self, **features)
+    learnt = ("distogram_logits", "sample_atom_coords")
+    return {name: value if name in learnt else value.detach() for name, value in found.items()}
 
 
 def _beyond(self: Any, forward: Any) -> Any:
