@@ -1,4 +1,4 @@
-"""What users call of models whose class has no forward: the forward that such a model gets here."""
+"""What users call of models whose class has no forward, or one for a part alone: the forward that they get here."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from .build import build, small_config
 from .called import with_forward
 from .catalog import Architecture, config_class, model_classes, wholes
-from .exceptions import EXCEPTIONS, Exception_
+from .exceptional import Exception_
+from .exceptions import EXCEPTIONS
 from .given import GIVEN
 from .handed import handed
 from .inputs import candidates, repaired
