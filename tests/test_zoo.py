@@ -158,6 +158,14 @@ def test_a_part_without_a_class_of_its_own_lives_in_a_whole(by_name):
     assert find(by_name["sam_mask_decoder"]).whole == "sam"
 
 
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ["gemma4_unified_audio", "sapiens2_head", "vibevoice_diffusion"])
+def test_adapters_live_in_a_part_that_only_a_whole_calls(name, by_name):
+    found = examine(by_name[name])
+    assert found["state"] == "pass", found
+    assert found["whole"] == name.rpartition("_")[0]
+
+
 CONTRADICTORY = [name for name, exception in EXCEPTIONS.items() if exception.contradiction[0]]
 
 

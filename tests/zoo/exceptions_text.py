@@ -60,6 +60,7 @@ TEXT: Exceptions = {
             "model demands that one layer of each kind does not",
         ),
     ),
+    # With all layers shared, as it asks for where nothing is said, it meets the contradiction above.
     "gemma4_unified_assistant": Exception_(
         set={
             "text_config.layer_types": ["sliding_attention", "full_attention"] * 2,

@@ -44,8 +44,8 @@ Adapters go into everything that can be adapted, and live the whole life that lo
 | uninject | objects, keys, bytes, flags, hooks and outputs are as before |
 
 How far two right answers may lie apart is measured, by changing the last bit of every weight; most run in float64.
-A model whose class has no forward (Bark), or one that leaves parts idle (ESMFold2), runs what users call of it. Reformer, whose backward pass works in training
-mode only, is in that mode, without dropout; all others are in eval mode.
+A model whose class has no forward (Bark), or one for a part alone (ESMFold2), runs what users call of it. Reformer,
+whose backward pass works in training mode only, is in that mode, without dropout; all others are in eval mode.
 `python scripts/dev.py zoo` runs it again and writes this page.
 """
 NOTES = """\
