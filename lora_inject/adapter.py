@@ -204,6 +204,10 @@ class Adapter(nn.Module, abc.ABC):
         flat = self.delta(host)[name].flatten(0, axes - 1)
         return lambda rows: flat[rows]
 
+    def bound(self, name: str) -> float:
+        """Returns what no element of one parameter's update exceeds in size; infinity where that is not known."""
+        return math.inf
+
     @classmethod
     def needs_host(cls, config: SiteConfig) -> bool:
         """Says whether `layout` and `delta` read more of the host than the shapes of its parameters."""

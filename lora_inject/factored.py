@@ -105,6 +105,16 @@ class FactoredAdapter(Adapter, abc.ABC):
 
         return give
 
+    def bound(self, name: str) -> float:
+        """Of the weight's update, by the inequality of Cauchy and Schwarz: its elements are inner products.
+
+        Each is a sum of products of elements of B with elements of A, so that no one exceeds the product of the norms.
+        """
+        if name != self.updates[0]:
+            return math.inf
+        factors = [self.lora_dense] if self.is_dense else [self.lora_A, self.lora_B]
+        return abs(self.scaling) * math.prod(float(torch.linalg.vector_norm(wide(factor.detach()))) for factor in factors)
+
     def reading(self, host: Any, name: str) -> Tensor | None:
         """Returns the update of one parameter; while training with dropout, with whole columns of A dropped."""
         update = self.delta(host).get(name)

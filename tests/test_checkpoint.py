@@ -16,6 +16,7 @@ from torch import nn
 import lora_inject as li
 from lora_inject import blocks
 from lora_inject.checkpoint import merge_checkpoint
+from lora_inject.checkpoint.patching import is_too_small
 
 HALVES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -319,6 +320,42 @@ def test_a_sum_that_overflows_the_stored_dtype_is_refused(tmp_path):
         merge_checkpoint(base, f"{adapter}:1e7", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     merge_checkpoint(base, f"{adapter}:1e7", tmp_path / "out", dtype="float32")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.9, 1.1])
+def test_an_update_overflows_from_half_the_last_distance_on(tmp_path, dtype, share):
+    """The largest number stays below it and becomes infinite above it, where the bound has to let the sum be seen."""
+    known = torch.finfo(dtype)
+    model = Mixed().to(dtype)
+    model.lin.weight.data[3, 4] = known.max
+    base = write(model, tmp_path / "base")
+    li.inject(model, ["lin"], rank=1, alpha=1, dtype=torch.float32)
+    adapter = model.lin.adapters["default"]
+    adapter.lora_A.data.zero_()[0, 4] = known.max
+    adapter.lora_B.data.zero_()[3, 0] = share * known.eps / 4
+    file = li.export(model, tmp_path / "a.safetensors")
+    if share > 1:
+        with pytest.raises(li.StateError, match=r"lin.weight: 1 merged elements .* not finite"):
+            merge_checkpoint(base, file, tmp_path / "out")
+        return
+    merge_checkpoint(base, file, tmp_path / "out")
+    assert tensors(tmp_path / "out")["lin.weight"][3, 4] == known.max
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_updates_up_to_the_limit_leave_the_largest_number_finite(dtype):
+    known = torch.finfo(dtype)
+    value = torch.tensor([known.max, -known.max], dtype=dtype)
+    limit = known.max * known.eps / 8
+    assert is_too_small(limit, value, value)
+    assert not is_too_small(limit * 1.001, value, value)
+    assert not is_too_small(math.nan, value, value)
+    other = torch.float16 if dtype != torch.float16 else torch.float32
+    assert not is_too_small(0.0, value, torch.empty(2, dtype=other)), "rounding itself may overflow there"
+    assert not is_too_small(0.0, None, value)
+    sums = value.to(torch.promote_types(dtype, torch.float32)) + torch.tensor([limit, -limit], dtype=torch.float64)
+    assert torch.equal(sums.to(dtype), value)
 
 
 def test_infinities_of_the_base_are_its_own(tmp_path):

@@ -5,6 +5,8 @@ A class that is registered and has no variants, or no reference mathematics, fai
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from contract import every, exact, injected, outputs, parameters64, quiet, roundings, same, train, update
@@ -105,6 +107,19 @@ def test_3_delta_is_what_the_mathematics_say(variant, dtype):
         assert delta.dtype in (torch.float32, torch.float64)
         assert delta.shape == wanted[name].shape
         assert within(delta, wanted[name], sizes[name], 64)
+
+
+@every
+def test_3_no_element_of_an_update_exceeds_its_bound(variant, dtype):
+    model = injected(variant, dtype)
+    (ref,) = li.adapters(model)
+    for name, delta in (
+        update(variant, variant.plain(dtype), parameters64(model)).items() if ref.adapter.mergeable else ()
+    ):
+        # A quarter for roundings: what is decided by a bound leaves room for twice of it.
+        assert delta.abs().max() <= 1.25 * ref.adapter.bound(name)
+        adapted = ref.adapter.updates and name == ref.adapter.updates[0]
+        assert math.isfinite(ref.adapter.bound(name)) == (adapted and variant.kind != "full")
 
 
 @every
