@@ -13,20 +13,10 @@ from torch import Tensor, nn
 from .bulk import init_module
 from .config import SiteConfig
 from .offload import adapter_hook
+from .rows import Rows
 
 Layout = dict[str, tuple[int, ...]]
 """Names and shapes of an adapter's parameters."""
-
-Rows = Callable[[slice], Tensor]
-"""Gives the rows of an update that a slice selects, in float32 or wider."""
-
-
-WIDE = (torch.float32, torch.float64)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Returns the tensor in float32, or in its own dtype where that is wider."""
-    return tensor if tensor.dtype in WIDE else tensor.float()
 
 
 class Adapter(nn.Module, abc.ABC):
@@ -187,8 +177,11 @@ class Adapter(nn.Module, abc.ABC):
         """Returns the keys of `delta`."""
         return tuple(self.delta(host))
 
-    def delta_rows(self, host: Any, name: str) -> Rows:
-        """Returns what gives the rows of one update; as is, they are taken from `delta`, held as a whole."""
+    def delta_rows(self, host: Any, name: str) -> Callable[[slice], Tensor]:
+        """Returns what gives the rows of one update; as is, they are taken from `delta`, held as a whole.
+
+        A `Rows` may add them to a weight in a way of its own.
+        """
         update = self.delta(host)[name]
         flat = update.flatten(0, self.row_axes - 1)
         return lambda rows: flat[rows]
@@ -200,9 +193,10 @@ class Adapter(nn.Module, abc.ABC):
     def rows_by(self, host: Any, name: str, axes: int) -> Rows:
         """Returns `delta_rows` with that many leading axes as rows, on which all adapters of a parameter must agree."""
         if axes == self.axes_of(name):
-            return self.delta_rows(host, name)
+            found = self.delta_rows(host, name)
+            return found if isinstance(found, Rows) else Rows(found)
         flat = self.delta(host)[name].flatten(0, axes - 1)
-        return lambda rows: flat[rows]
+        return Rows(lambda rows: flat[rows])
 
     def bound(self, name: str) -> float:
         """Returns what no element of one parameter's update exceeds in size; infinity where that is not known."""

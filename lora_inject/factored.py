@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import Adapter, Layout, Rows, wide
+from .adapter import Adapter, Layout
 from .config import SiteConfig
 from .host import base_tensor
+from .rows import Rows, wide
 
 ALL = slice(None)
 
@@ -32,6 +33,8 @@ class FactoredAdapter(Adapter, abc.ABC):
     """Whether the weight is stored as (in, out), so that the input meets B before A."""
     portable: ClassVar[bool] = True
     """Whether other programs know low-rank pairs for what this class serves."""
+    is_product: ClassVar[bool] = False
+    """Whether the weight is a matrix and its update `matrix` itself, so that one call can multiply and add."""
     stacks = True
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -66,8 +69,13 @@ class FactoredAdapter(Adapter, abc.ABC):
         """
         if self.is_dense:
             return wide(self.lora_dense[rows]) * self.scaling
+        b, a = self.product(rows)
+        return b @ a
+
+    def product(self, rows: slice = ALL) -> tuple[Tensor, Tensor]:
+        """Returns what `matrix` multiplies: scaling * B, of the given rows, and A as (rank, columns)."""
         a, b = wide(self.lora_A), wide(self.lora_B[rows]) * self.scaling
-        return b @ (a if a.dim() == 2 else a.flatten(1))
+        return b, a if a.dim() == 2 else a.flatten(1)
 
     def unfold(self, host: Any, matrix: Tensor, rows: slice = ALL) -> Tensor:
         """Returns the product, or the dense update, in the shape of the weight, or of the given rows of it."""
@@ -93,6 +101,8 @@ class FactoredAdapter(Adapter, abc.ABC):
 
     def delta_rows(self, host: Any, name: str) -> Rows:
         """Returns what gives the rows of one update from the rows of B alone."""
+        if self.is_product and name == self.updates[0] and not self.is_dense:
+            return _Product(self)
         device = next(self.parameters()).device.type
 
         def give(rows: slice) -> Tensor:
@@ -103,7 +113,7 @@ class FactoredAdapter(Adapter, abc.ABC):
                 assert bias is not None
                 return bias[rows] * self.scaling
 
-        return give
+        return Rows(give)
 
     def bound(self, name: str) -> float:
         """Of the weight's update, by the inequality of Cauchy and Schwarz: its elements are inner products.
@@ -113,7 +123,9 @@ class FactoredAdapter(Adapter, abc.ABC):
         if name != self.updates[0]:
             return math.inf
         factors = [self.lora_dense] if self.is_dense else [self.lora_A, self.lora_B]
-        return abs(self.scaling) * math.prod(float(torch.linalg.vector_norm(wide(factor.detach()))) for factor in factors)
+        return abs(self.scaling) * math.prod(
+            float(torch.linalg.vector_norm(wide(factor.detach()))) for factor in factors
+        )
 
     def reading(self, host: Any, name: str) -> Tensor | None:
         """Returns the update of one parameter; while training with dropout, with whole columns of A dropped."""
@@ -148,6 +160,32 @@ def added(output: Tensor, update: Tensor) -> Tensor:
     sizes = zip(output.shape, output.stride(), found.stride(), strict=True)
     moved = [size for size, wanted, got in sizes if wanted != got]
     return found.as_strided(output.shape, output.stride()) if moved and max(moved) == 1 else found
+
+
+class _Product(Rows):
+    """Rows of scaling * B A."""
+
+    def __init__(self, adapter: FactoredAdapter) -> None:
+        self.adapter, self.device = adapter, next(adapter.parameters()).device.type
+        super().__init__(adapter.matrix)
+
+    def __call__(self, rows: slice) -> Tensor:
+        with _as_they_are(self.device):
+            return super().__call__(rows)
+
+    def write(self, original: Tensor, rows: slice, out: Tensor) -> Tensor:
+        """Multiplies and adds in one pass over a half-precision weight.
+
+        A wider one takes the finished product, since the library may add its terms to the weight one by one: each
+        addition rounds, in float32 far below what the half keeps, but to a wider weight it would be another rounding.
+        """
+        b, a = self.adapter.product(rows)
+        if original.dtype.itemsize > 2 or out.dtype.itemsize > 2 or a.dtype != torch.float32:
+            return super().write(original, rows, out)
+        with _as_they_are(self.device):
+            summed = original.float().contiguous().addmm_(b, a)
+        out.copy_(summed)
+        return summed
 
 
 def _as_they_are(device: str) -> AbstractContextManager[None]:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, wide
+from .adapter import Adapter
 from .errors import StateError, UnsupportedError
 from .offload import host_forward, host_hook
+from .rows import wide
 from .slots import Adapters
 from .tree import INNER
 

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import Rows, wide
-from .blocks import add_rows, total_rows
 from .computed import Computed
 from .errors import StateError
 from .keeping import Kept, Replaced
 from .quantized import Stored
+from .rows import Rows, add_rows, total_rows, wide
 from .ties import Ties
 
 ENOUGH = 0.9
@@ -108,7 +107,7 @@ class Job:
         """Returns merged rows, rounded once, and the update that is in them."""
         total = total_rows(self.updates, rows)
         value = torch.empty(total.shape, dtype=dtype, device=total.device)
-        add_rows(before, total, value)
+        add_rows(before, self.updates, rows, value)
         self.check(before, value)
         self.tally.add(before, total, value)
         return value, total

@@ -7,8 +7,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .adapter import wide
-from .blocks import row_blocks, total_rows
 from .commit import Undo
 from .computed import Computed, Rewritten
 from .errors import UnsupportedError
@@ -17,6 +15,7 @@ from .keeping import Copy, Kept, Nothing, Replaced, Requantized, overwrite
 from .merge_job import ENOUGH, Job, Tally
 from .quantized import Stored, stored_weight
 from .residual import InPlace, Residual
+from .rows import row_blocks, total_rows, wide
 
 _UNMERGED = "remove the parametrization first, or keep the adapter unmerged"
 ROOM = 8

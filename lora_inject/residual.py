@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, Rows, wide
-from .blocks import add_rows, row_blocks, total_rows
+from .adapter import Adapter
 from .commit import Undo
 from .errors import StateError
 from .keeping import Copy, Kept, bits, checksum
+from .rows import Rows, add_rows, row_blocks, total_rows, wide
 
 
 class InPlace:
@@ -93,7 +93,7 @@ class Residual(Kept):
         def merged_again(position: int) -> Tensor:
             rows = self.blocks[position]
             value = torch.empty_like(flat[rows])
-            add_rows(flat[rows], total_rows(updates, rows), value)
+            add_rows(flat[rows], updates, rows, value)
             return value
 
         writer = InPlace(flat, self.blocks)

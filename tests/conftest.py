@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from lora_inject import blocks, registry
+from lora_inject import registry, rows
 
 torch.set_num_threads(1)
 
@@ -28,7 +28,7 @@ def clean_registry():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Lets a merge cut small weights into several blocks too."""
-    monkeypatch.setattr(blocks, "BLOCK", 600)
+    monkeypatch.setattr(rows, "BLOCK", 600)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_inject as li
-from lora_inject import blocks
+from lora_inject import rows
 from lora_inject.checkpoint import merge_checkpoint
 from lora_inject.checkpoint.patching import is_too_small
 
@@ -82,7 +82,7 @@ def assert_bit_equal(found, wanted):
 @pytest.mark.parametrize(("shards", "block"), [(1, 64), (3, 300), (3, 2**18)])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_bit_equal_to_merging_in_memory(tmp_path, monkeypatch, dtype, shards, block):
-    monkeypatch.setattr(blocks, "BLOCK", block)
+    monkeypatch.setattr(rows, "BLOCK", block)
     model = Mixed().to(dtype)
     base = write(model, tmp_path / "base", shards)
     adapter = adapt(model, tmp_path / "a.safetensors", 1)
@@ -95,7 +95,7 @@ def test_bit_equal_to_merging_in_memory(tmp_path, monkeypatch, dtype, shards, bl
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_many_blocks_and_threads_with_numbers_that_every_order_sums_exactly(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(blocks, "BLOCK", 50)
+    monkeypatch.setattr(rows, "BLOCK", 50)
     model = Mixed().to(dtype)
     base = write(model, tmp_path / "base", 2)
     li.inject(model, ["table", "lin", "conv", "up", "pair", "stack"], rank=4, alpha=2, seed=0)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lora_inject as li
-from lora_inject import blocks
+from lora_inject import rows
 from lora_inject.checkpoint import journal, merge_checkpoint, patching, plan, stream
 
 KILLS = 56
@@ -58,7 +58,7 @@ def content(folder):
 
 def _slowly(base, adapter, out):
     """Runs in a fork: small blocks and slow syncs, so that a kill has moments to hit."""
-    blocks.BLOCK, patching.RUN, patching.WRITE, stream.CHUNK = 512, 2, 256, 1024
+    rows.BLOCK, patching.RUN, patching.WRITE, stream.CHUNK = 512, 2, 256, 1024
     for name in ("fsync", "replace", "unlink"):
         setattr(os, name, _after(0.001, getattr(os, name)))
     merge_checkpoint(base, adapter, out, threads=2)

@@ -14,11 +14,23 @@ import lora_inject
 PACKAGE = Path(lora_inject.__file__).parent
 ROOT = PACKAGE.parent
 FLOORS = [
-    {"version", "errors", "tree", "tables", "commit", "recipe_yaml", "fused", "bulk", "report.spectra"},
+    {
+        "version",
+        "errors",
+        "tree",
+        "tables",
+        "blocks",
+        "commit",
+        "recipe_yaml",
+        "fused",
+        "bulk",
+        "rows",
+        "report.spectra",
+    },
     {"quantized"},
     {"config", "safefile", "keeping", "verdicts", "inspected", "models", "model_inputs", "offload"},
     {"targets", "adapter", "adapter_file", "safewrite"},
-    {"registry", "recipe", "blocks", "slots"},
+    {"registry", "recipe", "slots"},
     {"host"},
     {"swap", "weights"},
     {"factored", "residual", "sites", "fingerprint", "recipe_schema", "ties", "computed"},

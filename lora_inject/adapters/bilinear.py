@@ -7,11 +7,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Layout, wide
+from ..adapter import Layout
 from ..config import SiteConfig
 from ..factored import FactoredAdapter
 from ..host import base_class
 from ..registry import register
+from ..rows import wide
 
 
 @register

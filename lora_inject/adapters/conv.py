@@ -8,11 +8,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Layout, wide
+from ..adapter import Layout
 from ..config import SiteConfig
 from ..factored import ALL, FactoredAdapter, added
 from ..host import base_class
 from ..registry import register
+from ..rows import wide
 
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _BASES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

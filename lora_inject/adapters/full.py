@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Layout, wide
+from ..adapter import Adapter, Layout
 from ..config import SiteConfig
 from ..errors import UnsupportedError
 from ..host import base_tensor
 from ..quantized import quantized_format
 from ..registry import register
+from ..rows import wide
 
 
 @register

@@ -10,17 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Layout, wide
+from ..adapter import Layout
 from ..config import SiteConfig
 from ..factored import FactoredAdapter
 from ..fused import can_fuse, fused_linear
 from ..host import base_class
 from ..quantized import stored_weight
 from ..registry import register
+from ..rows import wide
 
 
 class MatrixAdapter(FactoredAdapter, abc.ABC):
     """A factored update of a two-dimensional weight that multiplies the last axis of the input."""
+
+    is_product = True
 
     @abc.abstractmethod
     def stages(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:

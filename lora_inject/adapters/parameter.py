@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..adapter import Layout, wide
+from ..adapter import Layout
 from ..config import SiteConfig
 from ..errors import UnsupportedError
 from ..factored import ALL, FactoredAdapter
 from ..host import base_tensor
 from ..quantized import quantized_format
 from ..registry import register
+from ..rows import wide
 
 
 @register

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapter import Rows, wide
-from ..blocks import add_rows, row_blocks, total_rows
 from ..errors import FormatError, StateError
+from ..rows import Rows, add_rows, row_blocks, total_rows, wide
 from .changes import Change, Target
 from .layout import Patch
 from .names import Piece
@@ -137,18 +136,17 @@ class Work:
         self, span: Span, updates: Sequence[Rows], columns: int, source: int | None, into: int, scratch: Scratch
     ) -> Sample | None:
         target, rows = self.patch.target, span.rows.stop - span.rows.start
-        # Every call into torch lets the other threads have the interpreter, and then waits for it: few calls.
-        total = total_rows(updates, span.block)
-        total = total if total.dim() == 2 else total.reshape(-1, columns)
-        if span.rows != span.block:
-            total = total[span.rows.start - span.block.start : span.rows.stop - span.block.start]
         original = None if source is None else _read(source, target, span.row, rows, columns, scratch)
         value, view = scratch.take(False, (rows, columns), target.dtype)
-        summed = add_rows(original, total, value)
+        # Every call into torch lets the other threads have the interpreter, and then waits for it: few calls.
+        if span.rows == span.block:
+            summed = add_rows(original, updates, span.block, value)
+        else:
+            summed = _add_part(original, updates, span, value)
         if not (is_too_small(self.loaded.bound, original, value) or _surely_finite(summed, target.dtype)):
             _check_finite(target.key, value, original)
         write_all(into, view, self.patch.offset + span.row * columns * target.dtype.itemsize)
-        return _sample(self.loaded.change, target.key, value, original, total) if span is self.probed else None
+        return _sample(self.loaded.change, target.key, value, original, updates, span) if span is self.probed else None
 
 
 def split(patch: Patch) -> Iterator[Work]:
@@ -167,6 +165,20 @@ def _spans(change: Change, piece: Piece) -> Iterator[Span]:
         start, stop = max(block.start, piece.start), min(block.stop, piece.stop)
         if start < stop:
             yield Span(block, slice(start, stop), piece.row + start - piece.start)
+
+
+def _add_part(original: Tensor | None, updates: Sequence[Rows], span: Span, value: Tensor) -> Tensor:
+    """Adds rows of a block whose other rows lie elsewhere: as a whole all the same, lest the rest be other bits."""
+    part = slice(span.rows.start - span.block.start, span.rows.stop - span.block.start)
+    shape = (span.block.stop - span.block.start, value.shape[1])
+    whole = None
+    if original is not None:
+        whole = torch.zeros(shape, dtype=original.dtype)
+        whole[part] = original
+    out = torch.empty(shape, dtype=value.dtype)
+    summed = add_rows(whole, updates, span.block, out)[part]
+    value.copy_(out[part])
+    return summed
 
 
 def _read(source: int, target: Target, row: int, rows: int, columns: int, scratch: Scratch) -> Tensor:
@@ -216,8 +228,11 @@ def _check_finite(key: str, value: Tensor, original: Tensor | None) -> None:
         )
 
 
-def _sample(change: Change, key: str, value: Tensor, original: Tensor | None, total: Tensor) -> Sample:
-    rows = slice(max(1, SAMPLED // max(1, change.columns)))
+def _sample(
+    change: Change, key: str, value: Tensor, original: Tensor | None, updates: Sequence[Rows], span: Span
+) -> Sample:
+    total = total_rows(updates, span.block).reshape(-1, change.columns)[span.rows.start - span.block.start :]
+    rows = slice(min(len(value), max(1, SAMPLED // max(1, change.columns))))
     value, total = value[rows], total[rows]
     original = None if original is None else original[rows]
     before = torch.zeros_like(total) if original is None else wide(original)

@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..adapter import wide
 from ..errors import FormatError, MismatchError, UnsupportedError
+from ..rows import wide
 from .factors import Factors, alpha_for
 from .fusions import Fusion, StandIn, rows_of, under, whole_of
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..adapter import wide
 from ..adapter_file import SiteRecord
 from ..errors import UnsupportedError, listing
+from ..rows import wide
 from ..tree import walk
 from .bundle import Bundle
 from .factors import alpha_for

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import wide
 from ..adapter_file import SiteRecord
 from ..config import SiteConfig
 from ..errors import MismatchError, UnsupportedError, listing
 from ..host import unmerged_tensor
+from ..rows import wide
 from ..tree import walk
 from .bundle import Bundle, described
 
