@@ -231,9 +231,9 @@ def _check_finite(key: str, value: Tensor, original: Tensor | None) -> None:
 def _sample(
     change: Change, key: str, value: Tensor, original: Tensor | None, updates: Sequence[Rows], span: Span
 ) -> Sample:
-    total = total_rows(updates, span.block).reshape(-1, change.columns)[span.rows.start - span.block.start :]
-    rows = slice(min(len(value), max(1, SAMPLED // max(1, change.columns))))
-    value, total = value[rows], total[rows]
+    count = min(len(value), max(1, SAMPLED // max(1, change.columns)))
+    rows, seen = slice(count), slice(span.rows.start, span.rows.start + count)
+    value, total = value[rows], total_rows(updates, seen).reshape(-1, change.columns)
     original = None if original is None else original[rows]
     before = torch.zeros_like(total) if original is None else wide(original)
     miss = (wide(value) - before) - total
