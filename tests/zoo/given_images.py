@@ -103,6 +103,16 @@ def minicpm_vision(config: Any) -> Inputs:
     }
 
 
+def mllama_vision(config: Any) -> Inputs:
+    """Returns an image of two by two tiles, and one of two tiles with padding behind."""
+    kinds = [config.supported_aspect_ratios.index(shape) + 1 for shape in ([2, 2], [1, 2])]
+    return {
+        "pixel_values": random(2, 1, config.max_num_tiles, config.num_channels, config.image_size, config.image_size),
+        "aspect_ratio_ids": torch.tensor(kinds).view(2, 1),
+        "aspect_ratio_mask": torch.tensor([[[1, 1, 1, 1]], [[1, 1, 0, 0]]]),
+    }
+
+
 def molmo2_vision(config: Any) -> Inputs:
     count = config.image_size[0] // config.patch_size * (config.image_size[1] // config.patch_size)
     return {"pixel_values": random(ROWS, count, config.num_channels * config.patch_size**2)}
@@ -145,6 +155,17 @@ def sized_picture(config: Any) -> Inputs:
     return picture(config) | {"image_sizes": torch.tensor([[32, 32]])}
 
 
+def unlimited_ocr_encoder(config: Any) -> Inputs:
+    """Returns what another encoder makes of images."""
+    side = config.image_size // config.patch_size
+    return {"patch_embeds": random(ROWS, config.hidden_size, side, side)}
+
+
+def video_llama(config: Any) -> Inputs:
+    """Returns an image whose patches stay as many, and one of whose patches four become one."""
+    return {"pixel_values": patches(config, 2), "grid_thw": grid(2), "merge_sizes": torch.tensor([1, 2])}
+
+
 def text_lines(config: Any) -> Inputs:
     return {"pixel_values": random(ROWS, 3, 96, 64)}
 
@@ -171,6 +192,7 @@ IMAGES: Makers = {
     "minicpm_ocr_vision": minicpm_vision,
     "minicpmv4_6_vision": minicpm_vision,
     "minicpmv4_7_vision": minicpm_vision,
+    "mllama_vision_model": mllama_vision,
     "molmo2_vision": molmo2_vision,
     "muse_glimmer_vision": muse_vision,
     "muse_spark_vision": muse_vision,
@@ -180,5 +202,7 @@ IMAGES: Makers = {
     "pp_ocrv5_mobile_rec": text_lines,
     "siglip2": siglip2,
     "tvp": tvp,
+    "unlimited_ocr_vision_encoder": unlimited_ocr_encoder,
+    "video_llama_3_vision": video_llama,
     "xclip_vision_model": frames,
 }

@@ -38,6 +38,11 @@ def granite_speech(config: Any) -> Inputs:
     return {"input_features": random(ROWS, 64, 4 * setting(config, "num_mel_bins"))}
 
 
+def inkling(config: Any) -> Inputs:
+    """Returns sound as the number of a level for each band of each frame."""
+    return {"audio_input_ids": integers(0, config.mel_vocab_size, ROWS, TOKENS, config.n_mel_bins)}
+
+
 def kyutai(config: Any) -> Inputs:
     return {"input_ids": tokens(ROWS, TOKENS, config.num_codebooks + 1)}
 
@@ -49,6 +54,10 @@ def moshi_depth(config: Any) -> Inputs:
 
 def codebooks(config: Any) -> Inputs:
     return {"input_ids": tokens(ROWS * config.num_codebooks, TOKENS)}
+
+
+def muse(config: Any) -> Inputs:
+    return {"input_values": random(ROWS, 4 * config.samples_per_token)}
 
 
 def musicgen(config: Any) -> Inputs:
@@ -97,8 +106,10 @@ SOUND: Makers = {
     "gemma4_audio": gemma4_audio,
     "granite_speech5_ctc": granite_speech,
     "granite_speech5_encoder": granite_speech,
+    "inkling_audio": inkling,
     "kyutai_speech_to_text": kyutai,
     "moshi_depth": moshi_depth,
+    "muse_spark_audio": muse,
     "musicgen": musicgen,
     "musicgen_decoder": codebooks,
     "musicgen_melody": musicgen_melody,
