@@ -297,6 +297,47 @@ def test_what_does_not_fit_is_listed_with_the_nearest_names(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+
+class Whole(nn.Module):
+    """A body and a layer that is named as one of the body's."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.model, self.first = body, nn.Linear(6, 6)
+
+
+def test_adapters_with_and_without_the_prefix_add_up(tmp_path):
+    body = Body()
+    base = write(body, tmp_path / "base")
+    whole = nn.ModuleDict({"model": Body()})
+    whole["model"].load_state_dict(body.state_dict())
+    files = [adapt(whole, tmp_path / "a", 1, "*"), adapt(body, tmp_path / "b", 2, "*")]
+    for order in (files, files[::-1]):
+        out = tmp_path / "-".join(file.name for file in order)
+        merge_checkpoint(base, order, out)
+        found = tensors(out)
+        for name in ("first", "second"):
+            wanted = tensors(base)[f"{name}.weight"].double()
+            for file, prefix in ((files[0], "model."), (files[1], "")):
+                pair = load_file(file)
+                wanted += 5 / 3 * pair[f"{prefix}{name}.lora_B"].double() @ pair[f"{prefix}{name}.lora_A"].double()
+            assert (found[f"{name}.weight"].double() - wanted).abs().max() < 1e-6
+
+
+def test_two_sites_never_end_in_one_weight(tmp_path):
+    whole = Whole(Body())
+    base = write(whole.model, tmp_path / "base")
+    adapter = adapt(whole, tmp_path / "a", 1, "*")
+    with pytest.raises(li.MismatchError, match=r"model\.first and first both lead to first\.weight"):
+        merge_checkpoint(base, adapter, tmp_path / "out", check_base=False)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_adapters_that_are_not_finite_leave_nothing_behind(tmp_path, poison):
     model = Mixed()

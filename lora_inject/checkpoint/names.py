@@ -41,9 +41,9 @@ class Names(abc.ABC):
     def module(self, path: str) -> nn.Module | None:
         """Returns the module at a path, on the meta device, or None."""
 
+    @abc.abstractmethod
     def own(self, path: str) -> str:
         """Returns the path that the model has for a module, where an adapter's differs by a prefix."""
-        return path
 
     @abc.abstractmethod
     def paths(self) -> list[str]:
@@ -54,7 +54,7 @@ class Names(abc.ABC):
         """Returns the tensors that hold the parameter, in the order of its rows; empty where none does.
 
         Args:
-            parameter: its dotted path.
+            parameter: its dotted path, that of its module as `own` gives it.
             axes: how many of its leading axes count as rows.
 
         Raises:
@@ -81,36 +81,39 @@ class HeaderNames(Names):
         if add or drop:
             self.note = f"module paths were found with the prefix {add!r}" if add else f"without the prefix {drop!r}"
         self.owners: dict[str, list[str]] = {}
+        self.made: dict[str, StandIn] = {}
         for key in base.tensors:
             owner, _, name = key.rpartition(".")
             self.owners.setdefault(owner, []).append(name)
 
-    def key(self, path: str) -> str:
+    def own(self, path: str) -> str:
         """Returns the path as the headers write it.
 
         What lies above the part of the model that the prefix is of, as a head does, has no prefix.
         """
         moved = self.add + path.removeprefix(self.drop)
-        known = moved in self.owners or moved in self.base.tensors
-        return path if not known and (path in self.owners or path in self.base.tensors) else moved
+        return path if moved not in self.owners and path in self.owners else moved
 
     def module(self, path: str) -> nn.Module | None:
         """Returns a stand-in with the parameters that the headers list for it."""
-        if self.key(path) not in self.owners:
+        owner = self.own(path)
+        if owner not in self.owners:
             return None
-        owner, made = self.key(path), StandIn()
-        for name in self.owners[owner]:
-            entry = self.base.tensors[f"{owner}.{name}" if owner else name].entry
-            numbers = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-            made._parameters[name] = nn.Parameter(numbers, requires_grad=False)
-        return made
+        # One for all paths that lead there, as a model has one module.
+        if owner not in self.made:
+            made = self.made[owner] = StandIn()
+            for name in self.owners[owner]:
+                entry = self.base.tensors[f"{owner}.{name}" if owner else name].entry
+                numbers = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+                made._parameters[name] = nn.Parameter(numbers, requires_grad=False)
+        return self.made[owner]
 
     def paths(self) -> list[str]:
         return [self.drop + owner.removeprefix(self.add) for owner in self.owners]
 
     def pieces(self, parameter: str, axes: int) -> tuple[Piece, ...]:
-        place = self.base.tensors.get(self.key(parameter))
-        return () if place is None else (Piece(self.key(parameter), 0, 0, math.prod(place.entry.shape[:axes])),)
+        place = self.base.tensors.get(parameter)
+        return () if place is None else (Piece(parameter, 0, 0, math.prod(place.entry.shape[:axes])),)
 
     def shared(self, parameter: str) -> tuple[str, ...]:
         return (parameter,)
@@ -142,7 +145,7 @@ def _owners(entry: Input) -> list[tuple[str, ...]]:
 
 
 def _any_known(owners: Iterable[str], names: HeaderNames) -> bool:
-    return any(names.key(path) in names.owners for path in owners)
+    return any(names.own(path) in names.owners for path in owners)
 
 
 def _candidates(base: Base, owners: tuple[str, ...]) -> list[HeaderNames]:

@@ -96,7 +96,20 @@ def read_updates(inputs: Sequence[Input], names: Names) -> list[Update]:
                 wrong += _compare(update)
             found += updates
         _refuse(entry, missing, wrong, names)
+        _refuse_doubles(entry, [update for update in found if update.input is entry])
     return found
+
+
+def _refuse_doubles(entry: Input, updates: Sequence[Update]) -> None:
+    first: dict[tuple[int, str], Update] = {}
+    for update in updates:
+        other = first.setdefault((id(update.host), update.weight_name), update)
+        one, two = (found.record.owner(found.record.path) for found in (other, update))
+        if one != two:
+            raise MismatchError(
+                f"{entry.path}: {one} and {two} both lead to {update.path}.{update.weight_name} of the base, so the "
+                "adapter is for a model that holds more than this base: merge it into that one"
+            )
 
 
 def _updates(entry: Input, record: SiteRecord, names: Names) -> list[Update]:
