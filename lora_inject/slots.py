@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .bulk import init_module
+from .errors import UnsupportedError
 from .keeping import Kept
 
 
@@ -25,6 +26,17 @@ class Adapters(nn.ModuleDict):
 
     def __init__(self, training: bool) -> None:
         init_module(self, training=training, kept={}, merged_by=None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Tells what is wrong where a module calls its children one by one, this one among them.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            "a module that carries adapters calls every child that it has, and its adapters are one: uninject, and "
+            "adapt the modules inside it instead"
+        )
 
     def named(self) -> Iterator[tuple[str, Any]]:
         """Yields the name and the adapter of every slot."""

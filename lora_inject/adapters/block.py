@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -67,8 +68,10 @@ class BlockAdapter(Adapter):
 
     @classmethod
     def members(cls, base: type) -> dict[str, Any]:
-        """For nn.Sequential, whose forward walks its children: a walk and a length without the adapters."""
-        return {"__iter__": _steps, "__len__": _count} if issubclass(base, nn.Sequential) else {}
+        """For torch's containers, whose forward may walk what they contain: their ways to do so, adapters left out."""
+        kind = next((known for known in _WALKS if issubclass(base, known)), None)
+        walks = {} if kind is None else _WALKS[kind]
+        return {name: walk for name, walk in walks.items() if getattr(base, name) is getattr(kind, name)}
 
     @staticmethod
     def base_forward(host: Any, *args: Any, **kwargs: Any) -> Any:
@@ -115,12 +118,39 @@ def _size(name: str, value: object) -> int:
     return value
 
 
+def _contents(host: Any) -> dict[str, nn.Module]:
+    return {name: child for name, child in host._modules.items() if name != INNER}
+
+
 def _steps(host: Any) -> Iterator[nn.Module]:
-    return iter([child for name, child in host._modules.items() if name != INNER])
+    return iter(_contents(host).values())
 
 
 def _count(host: Any) -> int:
     return len(host._modules) - 1
+
+
+def _item(host: Any, index: Any) -> Any:
+    if isinstance(index, slice):
+        # A slice of the host itself would be a host without adapters.
+        if isinstance(host, nn.Sequential):
+            return nn.Sequential(OrderedDict(_contents(host)))[index]
+        return nn.ModuleList(_contents(host).values())[index]
+    return list(_contents(host).values())[index]
+
+
+_LIST = {"__iter__": _steps, "__len__": _count, "__getitem__": _item}
+_WALKS: dict[type, dict[str, Any]] = {
+    nn.Sequential: _LIST,
+    nn.ModuleList: _LIST,
+    nn.ModuleDict: {
+        "__iter__": lambda host: iter(_contents(host)),
+        "__len__": _count,
+        "keys": lambda host: _contents(host).keys(),
+        "items": lambda host: _contents(host).items(),
+        "values": lambda host: _contents(host).values(),
+    },
+}
 
 
 @torch.no_grad()
