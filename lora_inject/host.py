@@ -140,8 +140,14 @@ def effective(host: Any, name: str) -> Any:
     if total is None:
         return base
     if base is None:
-        return total.to(base_tensor(host, host.lora_names[0]).dtype)
+        return total.to(base_tensor(host, beside(host, name)).dtype)
     return (wide(base) + total).to(base.dtype)
+
+
+def beside(host: Any, name: str) -> str:
+    """Returns the name of the weight that a parameter goes with: the first that the same adapter updates."""
+    first: str = next(adapter.updates[0] for adapter in host.adapters.values() if name in adapter.updates)
+    return first
 
 
 def _view(name: str) -> property:

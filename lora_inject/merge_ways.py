@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .commit import Undo
 from .computed import Computed, Rewritten
 from .errors import UnsupportedError
-from .host import base_tensor
+from .host import base_tensor, beside
 from .keeping import Copy, Kept, Nothing, Replaced, Requantized, overwrite
 from .merge_job import ENOUGH, Job, Tally
 from .quantized import Stored, stored_weight
@@ -30,7 +30,7 @@ def merge_parameter(job: Job, undo: Undo) -> Kept:
     if job.stored is not None:
         return _requantize(job, job.stored, undo)
     if current is None or job.unties:
-        like = base_tensor(job.host, job.host.lora_names[0]) if current is None else current
+        like = base_tensor(job.host, beside(job.host, job.key)) if current is None else current
         dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
         return _replace(job, current, dtype, undo)
     flat = current.detach().flatten(0, job.axes - 1)
@@ -51,7 +51,7 @@ def _replace(job: Job, current: nn.Parameter | None, dtype: torch.dtype, undo: U
     """Gives the host a Parameter of its own that holds the sum."""
     if current is None:
         value, _ = job.value(None, slice(None), dtype)
-        trains = job.host._parameters[job.host.lora_names[0]].requires_grad
+        trains = job.host._parameters[beside(job.host, job.key)].requires_grad
     else:
         value = _summed(job, current.detach(), dtype)
         trains = current.requires_grad

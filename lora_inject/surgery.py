@@ -14,7 +14,7 @@ from .adapter import Adapter
 from .bulk import uncollected
 from .commit import Undo, all_or_nothing
 from .errors import StateError, UnsupportedError
-from .host import is_host, is_outermost
+from .host import beside, is_host, is_outermost
 from .merging import bake_host, merge_again, unmerge_host
 from .offload import guard, release
 from .plan import Plan, plan_nodes
@@ -228,9 +228,10 @@ def _settle(hosts: list[_Leaving], keep: bool, ties: Ties, undo: Undo) -> None:
 def _adopt(host: Any, created: list[str], undo: Undo) -> None:
     """Marks parameters that a merge created as trained before if the weight was."""
     mark = host.__dict__.get(FROZEN, ())
-    if created and host.lora_names[0] in mark:
+    trained = [name for name in created if beside(host, name) in mark]
+    if trained:
         undo(partial(host.__dict__.__setitem__, FROZEN, mark))
-        host.__dict__[FROZEN] = (*mark, *created)
+        host.__dict__[FROZEN] = (*mark, *trained)
 
 
 def _thaw_all(nodes: list[Node], undo: Undo) -> None:

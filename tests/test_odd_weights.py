@@ -180,3 +180,38 @@ def test_a_block_of_quantized_layers_gets_factors_in_a_dtype_of_numbers(name):
         p["lora_B"].normal_()
     path = 3 * x.double() @ p["lora_A"].double().T @ p["lora_B"].double().T
     assert torch.allclose(model(x).double(), plain(x).double() + path, atol=1e-3)
+
+
+class Gated(nn.Linear):
+    """A linear layer without a bias, and with a matrix in another dtype that is adapted first."""
+
+    def __init__(self):
+        super().__init__(4, 4, bias=False)
+        self.gate = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias) + (x.double() @ self.gate).to(x.dtype)
+
+
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_a_bias_that_the_base_lacks_has_the_dtype_of_its_own_weight(gate_first):
+    model, x = nn.Sequential(Gated()), torch.randn(3, 4)
+    model[0].weight.requires_grad_(False)
+    weight, gate = (p.detach().clone().double() for p in (model[0].weight, model[0].gate))
+    gates = li.Target("0.gate", adapter="parameter")
+    steps = [lambda: li.inject(model, gates, rank=2, name="gate"), lambda: li.inject(model, "0", rank=2, bias=True)]
+    for step in steps if gate_first else steps[::-1]:
+        step()
+    for parameter in li.adapter_parameters(model).values():
+        nn.init.normal_(parameter)
+    found = {ref.name: ref.adapter for ref in li.adapters(model)}
+    a, b, first, second = (value.double() for value in found["default"].parameters())
+    gate = gate + found["gate"].lora_B @ found["gate"].lora_A
+    wanted = x.double() @ (weight + b @ a).T + b @ first + second + x.double() @ gate
+    assert model[0].bias.dtype == torch.float32
+    assert (model(x) - wanted).abs().max() < 1e-5
+    li.merge(model)
+    assert model[0].bias.dtype == torch.float32 and not model[0].bias.requires_grad
+    assert (model(x) - wanted).abs().max() < 1e-5
+    li.uninject(model, keep_merged=True)
+    assert model[0].bias.dtype == torch.float32 and not model[0].bias.requires_grad and model[0].gate.requires_grad
