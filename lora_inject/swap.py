@@ -22,23 +22,24 @@ def family_for(adapter_class: type[Adapter], module: nn.Module) -> type[Adapter]
     """Returns the class whose `base_forward` serves the module, or None where its own forward must run.
 
     A forward set on the instance (by some patchers) is unknown to the adapter class, and calls the base's forward,
-    which reads the properties. Of accelerate's hooks it is known what they call, so that the host's forward can stand
-    there for those whose update no reader sees.
+    which reads the properties. Where it is known to call the class's forward, the host's can stand there for those
+    whose update no reader sees.
     """
-    replaced = "forward" in module.__dict__ and (adapter_class.readable or not _is_hooked(module))
+    replaced = "forward" in module.__dict__ and (adapter_class.readable or _called_at(module) is None)
     return adapter_class if not replaced and adapter_class.knows_forward(module) else None
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Says whether the instance's forward is that of a hook of accelerate, which calls the forward of the class."""
+def _called_at(module: nn.Module) -> str | None:
+    """Returns the instance attribute with the class's forward that the instance's calls, or None if that is unknown.
+
+    A hook of accelerate calls the forward that it found, and leaves it as the instance's own when it goes.
+    """
     own = module.__dict__
-    hook, called = getattr(own.get("forward"), "func", None), own.get("_old_forward")
-    return (
-        getattr(hook, "__module__", None) == "accelerate.hooks"
-        and isinstance(called, types.MethodType)
-        and called.__self__ is module
-        and called.__func__ is type(module).forward
-    )
+    hook = getattr(own.get("forward"), "func", None)
+    key = "_old_forward" if getattr(hook, "__module__", None) == "accelerate.hooks" else "forward"
+    called: Any = own.get(key)
+    is_own = isinstance(called, types.MethodType) and called.__self__ is module
+    return key if is_own and called.__func__ is type(module).forward else None
 
 
 def class_for(module: nn.Module, adapter: Adapter) -> type:
@@ -75,13 +76,13 @@ def attach(module: nn.Module, name: str, adapter: Adapter) -> None:
     """Puts an adapter into a module and makes it a host if it is none yet; all checks lie behind the caller."""
     if adapter.training != module.training:
         adapter.train(module.training)
-    swapped, hooked = class_for(module, adapter), _is_hooked(module)
+    swapped, called = class_for(module, adapter), _called_at(module)
     if not isinstance(module, Host):
         module._modules[INNER] = Adapters(module.training)
     module._modules[INNER]._modules[slot(name, adapter.parameter)] = adapter  # type: ignore[union-attr]
     _swap(module, swapped)
-    if hooked and isinstance(module, OutputHost):
-        module.__dict__["_old_forward"] = types.MethodType(OutputHost.forward, module)
+    if called is not None and isinstance(module, OutputHost):
+        module.__dict__[called] = types.MethodType(OutputHost.forward, module)
 
 
 def detach(module: nn.Module, name: str, parameter: str | None = None) -> Adapter:

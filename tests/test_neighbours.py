@@ -84,6 +84,28 @@ def exact(layer, x, adapter):
     return 2 * x @ weight.T + layer._parameters["bias"] + 1
 
 
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_a_block_is_adapted_where_a_hook_has_been(when):
+    layer, x = nn.Linear(4, 4), torch.randn(3, 4)
+    model, plain = nn.ModuleDict({"layer": layer}), layer(x)
+    block = li.Target("layer", adapter="block", in_features=4, out_features=4)
+    add_hook_to_module(layer, Doubling())
+    if when == "before":
+        remove_hook_from_module(layer)
+    li.inject(model, block, rank=2, name="a")
+    if when == "between":
+        remove_hook_from_module(layer)
+    li.inject(model, block, rank=2, name="b")
+    wanted = plain.double()
+    for ref in li.adapters(model):
+        nn.init.normal_(ref.adapter.lora_B)
+        wanted = wanted + x.double() @ ref.adapter.lora_A.double().T @ ref.adapter.lora_B.double().T
+    assert (layer(x) - wanted).abs().max() < 1e-5
+    assert torch.equal(copy.deepcopy(model)["layer"](x), layer(x))
+    li.uninject(model)
+    assert type(layer) is nn.Linear and torch.equal(layer(x), plain)
+
+
 @pytest.mark.parametrize("hook_first", [True, False])
 @pytest.mark.parametrize("hook_leaves_first", [True, False])
 def test_accelerate_hooks_in_any_order(hook_first, hook_leaves_first):
