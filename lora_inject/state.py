@@ -95,15 +95,17 @@ def bundle_of(model: nn.Module, name: str = "default") -> Bundle:
 def _record(refs: list[AdapterRef], nodes: list[Node], base: dict[str, Any]) -> SiteRecord:
     """Returns the record of adapters that share their parameters; those of a single one in most cases."""
     adapter = refs[0].adapter
-    absent = {path: kind for ref in refs for path, kind in ref.adapter.absent}
-    tied = {ref.path: ref.adapter.stored_as or ref.adapter.kind for ref in refs[1:]} | absent
     paths = [join(path, ref.adapter.parameter) for ref, node in zip(refs, nodes, strict=True) for path in node.paths]
+    further: dict[str, str] = {}
+    if len(refs) > 1 or adapter.absent:
+        further = {ref.path: ref.adapter.stored_as or ref.adapter.kind for ref in refs[1:]}
+        further |= {path: kind for ref in refs for path, kind in ref.adapter.absent}
     return SiteRecord(
         path=paths[0],
-        aliases=tuple(dict.fromkeys((*paths[1:], *absent))),
+        aliases=tuple(dict.fromkeys((*paths[1:], *further))),
         kind=adapter.stored_as or adapter.kind,
         config=adapter.config,
         extras=adapter.describe(),
         base=base,
-        tied={path: kind for path, kind in tied.items() if kind},
+        tied={path: kind for path, kind in further.items() if kind},
     )
