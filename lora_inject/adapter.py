@@ -78,6 +78,8 @@ class Adapter(nn.Module, abc.ABC):
         extras: Mapping[str, Any],
     ) -> None:
         init_module(self, config=config, scaling=config.scaling)
+        if "parameter" in extras:
+            self.parameter, self.updates = extras["parameter"], self.touches(extras)
         for name, shape in layout.items():
             trained = config.train_a or name != "lora_A"
             self._parameters[name] = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), trained)

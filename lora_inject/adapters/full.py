@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Layout
@@ -29,18 +28,6 @@ class FullAdapter(Adapter):
     on_request = True
     extras = ("parameter",)
     stacks = True
-
-    def __init__(
-        self,
-        config: SiteConfig,
-        layout: Layout,
-        dtype: torch.dtype,
-        device: torch.device,
-        extras: Mapping[str, Any],
-    ) -> None:
-        super().__init__(config, layout, dtype, device, extras)
-        self.parameter = extras["parameter"]
-        self.updates = self.touches(extras)
 
     @classmethod
     def can_adapt(cls, module: nn.Module) -> bool:

@@ -40,8 +40,6 @@ class ParameterAdapter(FactoredAdapter):
         extras: Mapping[str, Any],
     ) -> None:
         super().__init__(config, layout, dtype, device, extras)
-        self.parameter = extras["parameter"]
-        self.updates = self.touches(extras)
         self.row_axes = len(next(iter(layout.values()))) - 1
 
     @classmethod
