@@ -6,7 +6,7 @@ import contextlib
 import copy
 import itertools
 import sys
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from .given import GIVEN
 from .handed import handed
 from .inputs import candidates, repaired
 from .running import run
+from .together import mute, together
 
 MOST_CLASSES = 3
 
@@ -178,11 +179,21 @@ def _classes(architecture: Architecture) -> list[Any]:
 
 
 def _inputs_for(architecture: Architecture, model: Any, search: _Search) -> dict[str, Any] | None:
-    """Returns the first inputs with which the model runs."""
-    problem = ""
+    """Returns the first inputs with which the model runs; text alone only if it runs with nothing besides."""
     given = GIVEN.get(architecture.name)
+    if given:
+        return _running(model, lambda: repaired(model, given(model.config)), search)
+    found = _running(model, lambda: _tries(model), search)
+    return (found and mute(found) and _running(model, lambda: together(model), _Search())) or found
+
+
+def _running(
+    model: Any, make: Callable[[], Generator[dict[str, Any], str, None]], search: _Search
+) -> dict[str, Any] | None:
+    """Returns the first of the inputs with which the model runs."""
+    problem = ""
     try:
-        tries = repaired(model, given(model.config)) if given else _tries(model)
+        tries = make()
         while True:
             inputs = tries.send(problem) if problem else next(tries)
             problem = problem_with(model, inputs)
