@@ -6,6 +6,7 @@ from .exceptional import Exceptions
 from .exceptions_images import IMAGES
 from .exceptions_sound import SOUND
 from .exceptions_text import TEXT
+from .exceptions_wholes import WHOLES
 
-EXCEPTIONS: Exceptions = {**IMAGES, **SOUND, **TEXT}
+EXCEPTIONS: Exceptions = {**IMAGES, **SOUND, **TEXT, **WHOLES}
 """By name of the architecture."""

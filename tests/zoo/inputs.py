@@ -17,6 +17,7 @@ TOKENS = 8
 GRID = 4
 """Patches along each side of an image that is given as patches."""
 MOST_WAYS = 12
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "decoder_input_ids")
 MOST_REPAIRS = 5
 
 
@@ -76,9 +77,11 @@ def measured(model: Any, kind: str, inputs: Inputs) -> int:
     """Returns how many tokens the features of all images, videos or sound take up, by running their tower."""
     name = f"get_{kind}_features"
     owner = next(module for module in model.modules() if hasattr(module, name))
-    takes = inspect.signature(inspect.unwrap(getattr(type(owner), name))).parameters
+    takes = inspect.signature(getattr(owner, name)).parameters
+    hidden = "args" in takes  # behind a decorator
+    sensed = {key: value for key, value in inputs.items() if key in takes or (hidden and key not in TEXT_INPUTS)}
     with torch.no_grad():
-        features = getattr(owner, name)(**{key: value for key, value in inputs.items() if key in takes})
+        features = getattr(owner, name)(**sensed)
     features = getattr(features, "pooler_output", features)
     pieces = [features] if isinstance(features, Tensor) else features
     return sum(piece.numel() for piece in pieces) // model.get_input_embeddings().weight.shape[1]

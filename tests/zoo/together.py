@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .inputs import GRID, MAKERS, ROWS, TOKENS, Inputs, audio, patches, random, repaired, setting, vision
 
-MOST_FRAMES = 400
-
 
 def mute(inputs: Inputs) -> bool:
     """Says whether the inputs are nothing but text."""
@@ -44,8 +42,14 @@ def _images(model: Any) -> Iterator[Inputs]:
     for still in MAKERS["pixel_values"](model):
         if still.dim() == 4:
             yield {"pixel_values": still, **_described(still), "high_res_pixel_values": _finer(model)}
-            yield {"pixel_values": still[:, None], **_described(still)}
-            yield {"pixel_values": torch.stack([still] * 2, 1), **_described(still)}
+            for tiles in (1, 2):
+                mask = torch.ones(ROWS, tiles, dtype=torch.bool)
+                yield {
+                    "pixel_values": torch.stack([still] * tiles, 1),
+                    **_described(still),
+                    "pixel_attention_mask": mask,
+                    "aspect_ratio_mask": mask[:, None],
+                }
     for flat in _flat(model):
         yield {"pixel_values": flat, **_gridded("image", model)}
     config = vision(model.config)
@@ -103,9 +107,8 @@ def _spectra(model: Any) -> Iterator[Inputs]:
         bands_first = first is MAKERS["input_features"](model)[0]
         yield from (_heard(first, 1 if not bands_first else 2), _heard(first, 1))
     config = audio(model.config)
-    bands = setting(config, "num_mel_bins", "input_dim", "input_size", default=80)
-    longest = 2 * setting(config, "max_source_positions", default=100)
-    for frames in dict.fromkeys((longest, 100)):
+    bands = setting(config, "input_size", "num_mel_bins", "input_dim", default=80)
+    for frames in dict.fromkeys((2 * setting(config, "max_source_positions", default=100), 100, 256)):
         yield _heard(random(ROWS, bands, frames), 2)
         yield _heard(random(ROWS, frames, bands), 1)
 
@@ -113,7 +116,12 @@ def _spectra(model: Any) -> Iterator[Inputs]:
 def _heard(features: Tensor, time: int) -> Inputs:
     frames = features.shape[time]
     mask = torch.ones(ROWS, frames, dtype=torch.long)
-    return {"input_features": features, "input_features_mask": mask, "feature_attention_mask": mask}
+    return {
+        "input_features": features,
+        "input_features_mask": mask,
+        "feature_attention_mask": mask,
+        "attention_mask": torch.ones(ROWS, TOKENS, dtype=torch.long),
+    }
 
 
 SENSES: Mapping[str, Callable[[Any], Iterator[Inputs]]] = {
