@@ -26,6 +26,7 @@ WHOLES: Exceptions = {
     "granite4_vision": replace(
         IMAGES["granite4_vision"], set={"image_grid_pinpoints": [[256, 256]], "vision_config.image_size": 256}
     ),
+    "kosmos-2.5": Exception_(set={"latent_query_num": 4}),
     "kimi_k25": Exception_(set={"projection_hidden_size": 64}),
     "llama4": Exception_(
         set={
@@ -38,8 +39,19 @@ WHOLES: Exceptions = {
     "llava_next": ONE_TILE,
     "llava_next_video": ONE_TILE,
     "llava_onevision": ONE_TILE,
+    "mllama": Exception_(
+        set={
+            "vision_config.intermediate_layers_indices": [0, 2],
+            "vision_config.num_global_layers": 2,
+            "vision_config.vision_output_dim": 192,
+        }
+    ),
+    "molmo2": replace(IMAGES["molmo2"], set={**IMAGES["molmo2"].set, "vision_config.num_position_embeddings": 16}),
     "muse_glimmer": Exception_(set={"out_hidden_size": 256}),
     "muse_spark": replace(SOUND["muse_spark"], set={**SOUND["muse_spark"].set, "out_hidden_size": 256}),
+    "phi4_multimodal": Exception_(
+        set={"audio_config.ext_pw_out_channel": 64, "audio_config.depthwise_separable_out_channel": 64}
+    ),
     "shieldgemma2": FOUR_TOKENS,
     "t5gemma2": Exception_(set={"encoder.mm_tokens_per_image": 4}),
     "unlimited_ocr": THIN_SAM,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from .given_images import IMAGES
+from .given_senses import SENSES
 from .given_sound import SOUND
 from .given_text import TEXT, Makers
 from .given_wholes import WHOLES
 
-GIVEN: Makers = {**IMAGES, **SOUND, **TEXT, **WHOLES}
+GIVEN: Makers = {**IMAGES, **SENSES, **SOUND, **TEXT, **WHOLES}
 """By name of the architecture: makes all inputs from the config of the model."""
