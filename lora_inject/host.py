@@ -181,7 +181,8 @@ def host_class(
     if made is None:
         body: dict[str, Any] = {name: _view(name) for name in names}
         body |= {} if source is None else source.members(base)
-        body |= {"__module__": base.__module__, "__doc__": base.__doc__}
+        # transformers looks up by `str(type(model))` which hidden states and attentions a model can give.
+        body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         body |= {"lora_base": base, "lora_names": names, "lora_family": family, "lora_source": source}
         made = type(f"Adapted{base.__name__}", (Host if family is None else OutputHost, base), body)
         made.lora_type = made  # type: ignore[attr-defined]
