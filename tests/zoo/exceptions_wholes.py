@@ -50,7 +50,6 @@ WHOLES: Exceptions = {
     "molmo2": replace(IMAGES["molmo2"], set={**IMAGES["molmo2"].set, "vision_config.num_position_embeddings": 16}),
     "muse_glimmer": Exception_(set={"out_hidden_size": 256}),
     "muse_spark": replace(SOUND["muse_spark"], set={**SOUND["muse_spark"].set, "out_hidden_size": 256}),
-    "nemotron_h_omni": Exception_(start={"image_token_id": 250, "video_token_id": 251}),
     "phi4_multimodal": Exception_(
         set={"audio_config.ext_pw_out_channel": 64, "audio_config.depthwise_separable_out_channel": 64}
     ),
