@@ -198,16 +198,8 @@ def _takes(model: Any) -> Iterable[str]:
 
 def _spectrum(model: Any) -> list[Any]:
     config = audio(model.config)
-    names = [
-        "num_mel_bins",
-        "input_feat_per_channel",
-        "input_feat_size",
-        "feature_size",
-        "n_mels",
-        "input_dim",
-        "n_mel_bins",
-    ]
-    bands = setting(config, *names, default=80)
+    names = ["num_mel_bins", "input_feat_per_channel", "input_feat_size", "feature_size", "n_mels", "input_dim"]
+    bands = setting(config, *names, "n_mel_bins", default=80)
     frames = 2 * setting(config, "max_source_positions", default=32)
     first = random(ROWS, bands, frames)
     return [first, first.transpose(1, 2).contiguous(), first[:, None].transpose(2, 3).contiguous()]
