@@ -22,7 +22,7 @@ MEANINGS = {
 }
 TRIED = {
     "detectron2": "of which pip finds no release",
-    "natten": "of which pip finds no release here",
+    "natten": "whose releases for this torch lack the functions that the model calls",
     "torchaudio": "whose Linux wheels load beside a CUDA build of torch only",
 }
 """What came of installing a package that model code asks for."""
