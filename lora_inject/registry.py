@@ -6,8 +6,6 @@ Classes that a program registers are asked first, then those of installed plug-i
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
@@ -22,7 +20,7 @@ PLUGINS = "lora_inject.adapters"
 A = TypeVar("A", bound=type[Adapter])
 _classes: list[type[Adapter]] = []
 _loading = threading.RLock()
-_loaded = False
+_loaded = _is_loading = False
 
 
 def register(adapter_class: A) -> A:
@@ -50,25 +48,27 @@ def registered() -> tuple[type[Adapter], ...]:
     Raises:
         ConfigError: a plug-in cannot be loaded.
     """
-    global _loaded
-    with _loading:
-        if not _loaded:
-            # Set first, as a plug-in may plan while it is imported.
-            _loaded = True
-            with _undone_on_error():
-                _load_plugins()
+    if not _loaded:
+        _load_once()
     return tuple(_classes)
 
 
-@contextmanager
-def _undone_on_error() -> Iterator[None]:
-    global _loaded
-    before = list(_classes)
-    try:
-        yield
-    except BaseException:
-        _classes[:], _loaded = before, False
-        raise
+def _load_once() -> None:
+    """Loads the plug-ins while other threads wait; later calls take no lock, which an interrupt could leave closed."""
+    global _loaded, _is_loading
+    with _loading:
+        # A plug-in may plan while it is imported.
+        if _loaded or _is_loading:
+            return
+        before, _is_loading = list(_classes), True
+        try:
+            _load_plugins()
+            _loaded = True
+        except BaseException:
+            _classes[:] = before
+            raise
+        finally:
+            _is_loading = False
 
 
 def _load_plugins() -> None:
@@ -109,8 +109,7 @@ def adapter_for_parameter(module: nn.Module, name: str) -> type[Adapter] | None:
 
 def source_of(base: type) -> type[Adapter] | None:
     """Returns the class that brings further members for hosts of a base class, whichever adapters they carry."""
-    # Without the lock, which an interrupt could leave closed; planning has loaded the plug-ins.
-    for known in tuple(_classes):
+    for known in registered():
         if known.members(base):
             return known
     return None

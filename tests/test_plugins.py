@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,9 @@ def test_user_code_keeps_its_kind_against_a_plugin(install):
         kind = "shared_kind"
 
     assert [known for known in registry.registered() if known.kind == "shared_kind"] == [Mine]
+
+
+def test_once_loaded_no_lock_is_taken_that_an_interrupt_could_leave_closed():
+    registry.registered()
+    with ThreadPoolExecutor(1) as pool, registry._loading:
+        assert pool.submit(registry.registered).result(timeout=60) == registry.registered()
