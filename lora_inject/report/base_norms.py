@@ -19,6 +19,7 @@ from ..checkpoint.names import Names, Piece, find_names
 from ..config import DTYPES
 from ..errors import ConfigError, FormatError, MismatchError, UnsupportedError, listing
 from ..registry import by_kind
+from ..sites import join
 
 BLOCK = 2**24
 """Bytes of a weight that are held at a time."""
@@ -72,7 +73,7 @@ def _axes(record: SiteRecord) -> int:
 
 def _find_all(base: Base, entry: Input) -> tuple[Names, dict[str, Weight]]:
     """Returns the sites' weights under the headers' names or, where those miss some, under transformers' names."""
-    records = [record for record in entry.file.sites.values() if _paths(record)]
+    records = [record for record in entry.file.sites.values() if _places(record)]
     names: Names = find_names(base, [entry])
     found = {record.path: weight for record in records if (weight := _find(base, names, record))}
     if len(found) < len(records) and "model_type" in (base.config or {}):
@@ -83,7 +84,8 @@ def _find_all(base: Base, entry: Input) -> tuple[Names, dict[str, Weight]]:
 
 def _find(base: Base, names: Names, record: SiteRecord) -> Weight | None:
     axes = _axes(record)
-    for path in _paths(record):
+    for owner, name in _places(record):
+        path = join(names.own(owner), name)
         try:
             pieces = next((held for other in names.shared(path) if (held := names.pieces(other, axes))), ())
         except UnsupportedError:
@@ -98,14 +100,13 @@ def _find(base: Base, names: Names, record: SiteRecord) -> Weight | None:
     return None
 
 
-def _paths(record: SiteRecord) -> list[str]:
-    """Returns the paths that the site's weight may have; none for a block."""
+def _places(record: SiteRecord) -> list[tuple[str, str]]:
+    """Returns modules that the site's weight may be in, and its name there; none for a block."""
     try:
         touched = by_kind(record.kind).touches(record.extras)[:1]
     except (ConfigError, KeyError):
         return []
-    owners = [record.owner(path) for path in (record.path, *record.aliases)]
-    return [f"{owner}.{name}" if owner else name for name in touched for owner in owners]
+    return [(record.owner(path), name) for name in touched for path in (record.path, *record.aliases)]
 
 
 def _check(reader: Reader, names: Names, entry: Input, found: Mapping[str, Weight]) -> None:
