@@ -37,9 +37,9 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
     place, beside = places(path)
     try:
         write(beside)
-        _sync(beside)
+        sync(beside)
         os.replace(beside, place)
-        _sync(place.parent)
+        sync(place.parent)
     except (OSError, UnicodeEncodeError) as error:
         raise FormatError(f"{path}: cannot be written: {error}") from error
     finally:
@@ -103,7 +103,8 @@ def raw_bytes(tensor: Tensor) -> bytearray:
     return raw
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Forces a file, or the names in a folder, to disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_the_old_file(run, adapter, tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safewrite, "_sync", full)
+    monkeypatch.setattr(safewrite, "sync", full)
     code, out, err = run(adapter, "--html", tmp_path / "old.html", "--overwrite")
     assert (code, out) == (2, "") and "No space left" in err
     assert (tmp_path / "old.html").read_text() == "old"

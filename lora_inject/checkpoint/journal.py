@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import FormatError, StateError
 from ..safefile import parse_json
+from ..safewrite import sync
 from .patching import Sample
 
 WORK = ".lora_inject_merge"
@@ -53,7 +54,7 @@ class Journal:
         place = self.files / name
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(self.work / f"{name}{PART}", place)
-        sync_folder(place.parent)
+        sync(place.parent)
 
     def abandon(self, name: str, number: int) -> None:
         """Closes and removes a temporary file."""
@@ -113,7 +114,7 @@ class Journal:
         self.files.mkdir(parents=True)
         self._take()
         _write(self.work / STATE, json.dumps({"binding": self.binding, "publish": None}).encode())
-        sync_folder(self.out)
+        sync(self.out)
 
     def _take(self) -> None:
         """Makes sure that no other process works here; the system ends the lock with the process."""
@@ -154,7 +155,7 @@ class Journal:
                     f"{place}: vanished while the merge was unfinished: remove {self.work} and start anew"
                 )
         for folder in {(self.out / name).parent for name in state["publish"]}:
-            sync_folder(folder)
+            sync(folder)
         # The state goes first: without it, what is left of the folder means nothing.
         (self.work / STATE).unlink()
         shutil.rmtree(self.work)
@@ -195,13 +196,4 @@ def _write(place: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, place)
-    sync_folder(place.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Makes sure that renames in a folder are on disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    sync(place.parent)

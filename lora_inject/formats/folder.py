@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import FormatError
-from ..safewrite import places
+from ..safewrite import places, sync
 
 EXCHANGE = 2
 """RENAME_EXCHANGE of Linux' renameat2: two names change places in one step."""
@@ -67,15 +67,6 @@ def _exchange(one: Path, other: Path) -> bool:
         swap = ctypes.CDLL(None, use_errno=True).renameat2
         return bool(swap(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0)
     return False
-
-
-def sync(path: Path) -> None:
-    """Forces a file or the entries of a folder to disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def write_text(path: Path, text: str) -> None:
