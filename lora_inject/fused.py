@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from .dropout import draw, kept, packed, unpacked
 
 Factors = Sequence[Tensor]
 """A and B of each adapter, one after the other: A (rank, in), B (out, rank) for nn.Linear."""
@@ -71,12 +74,10 @@ def fused_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             return fused_linear(x.to(dtype), weight, bias, scales, factors, transposed=transposed, dropout=dropout)
-    # Drawn from the CPU's generator, whose state gradient checkpointing puts back before it computes again.
-    seed = int(torch.randint(2**62, ()).item()) if dropout else None
     if torch.is_grad_enabled():
-        found: Tensor = _Fused.apply(x, weight, bias, scales, transposed, dropout, seed, *factors)[0]  # type: ignore[no-untyped-call]
+        found: Tensor = _Fused.apply(x, weight, bias, scales, transposed, dropout, *factors)[0]  # type: ignore[no-untyped-call]
         return found
-    return _output(x, weight, bias, scales, transposed, dropout, seed, factors)[0]
+    return _output(x, weight, bias, scales, transposed, dropout, factors)[0]
 
 
 def _output(
@@ -86,10 +87,9 @@ def _output(
     scales: tuple[float, ...],
     transposed: bool,
     dropout: float,
-    seed: int | None,
     factors: Factors,
-) -> tuple[Tensor, Tensor]:
-    """Returns the output and the rank-sized product, not scaled, (tokens, rank) or (rank) for one token."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the output, the rank-sized product, not scaled, (tokens, rank), and the mask of the dropout, if any."""
     weight = _cast(weight, x.dtype)
     bias = None if bias is None else _cast(bias, x.dtype)
     if transposed:
@@ -99,29 +99,40 @@ def _output(
     else:
         # In the input's own shape, by which torch picks the kernel: the base's bits must be the base's.
         output = F.linear(x, weight, bias)
+    if x.numel() == x.shape[-1] and len(scales) == 1 and not dropout:
+        return output, _add_to_one(output, x, scales[0], factors, transposed), None
     first, second = _stack(factors, _low_rank_dtype(x), transposed)
-    if len(scales) == 1 and seed is None and x.numel() == x.shape[-1]:
-        # One token is a vector, for which there are faster kernels.
-        inner = torch.mv(first, _cast(x.view(-1), first.dtype))
-        if output.dtype == inner.dtype:
-            output.view(-1).addmv_(second, inner, alpha=scales[0])
-        else:
-            output.view(-1).add_(torch.mv(second, inner), alpha=scales[0])
-        return output, inner
     flat = x.reshape(-1, x.shape[-1])
-    met = (
-        _cast(flat, first.dtype)
-        if seed is None
-        else _keep(flat, _mask(flat.shape, flat.device, first.dtype, dropout, seed))
-    )
-    inner = F.linear(met, first)
+    mask = draw(flat, dropout) if dropout else None
+    inner = F.linear(_met(flat, mask, first.dtype), first)
     rows = output.view(-1, output.shape[-1])
     if len(scales) == 1:
         # The one factor comes for free with the product.
         _add_product(rows, inner, second.t(), scales[0] / (1 - dropout))
     else:
         _add_product(rows, _scale(inner, scales, factors, transposed, dropout), second.t())
-    return output, inner
+    return output, inner, mask
+
+
+def _add_to_one(output: Tensor, x: Tensor, scale: float, factors: Factors, transposed: bool) -> Tensor:
+    """Adds the low-rank path to the output of one token and returns its rank-sized product.
+
+    One token is a vector, for which there are faster kernels, and a smaller thing to cast than the factors.
+    """
+    first, second = (factor.t() for factor in factors) if transposed else factors
+    if first.dtype.itemsize < x.dtype.itemsize or first.dtype != second.dtype:
+        first, second = _stack(factors, x.dtype, transposed)
+    inner = torch.mv(first, _cast(x.view(-1), first.dtype))
+    if output.dtype == first.dtype:
+        output.view(-1).addmv_(second, inner, alpha=scale)
+    else:
+        output.view(-1).add_(torch.mv(second, inner).to(output.dtype), alpha=scale)
+    return inner.view(1, -1)
+
+
+def _met(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Returns what the first factor meets, of an input (tokens, in)."""
+    return _cast(x if mask is None else kept(x, mask), dtype)
 
 
 def _add_product(output: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
@@ -138,7 +149,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _low_rank_dtype(x: Tensor) -> torch.dtype:
     """Returns the dtype of the low-rank products: the input's, unless the CPU would only emulate it."""
-    return torch.float32 if x.dtype in _HALF and x.device.type == "cpu" and _is_emulated(x.dtype) else x.dtype
+    return torch.float32 if x.dtype in _HALF and x.is_cpu and _is_emulated(x.dtype) else x.dtype
 
 
 @lru_cache
@@ -166,38 +177,19 @@ def _ranks(factors: Factors, transposed: bool) -> list[int]:
 def _scale(inner: Tensor, scales: tuple[float, ...], factors: Factors, transposed: bool, dropout: float) -> Tensor:
     """Returns the rank-sized product times each adapter's scale, and what dropout takes from the mean."""
     if len(scales) == 1:
-        return inner * (scales[0] / (1 - dropout))
+        factor = scales[0] / (1 - dropout)
+        return inner if factor == 1 else inner * factor
     parts = torch.split(inner, _ranks(factors, transposed), dim=1)
     return torch.cat([part * scale for part, scale in zip(parts, scales, strict=True)], dim=1)
 
 
-def _mask(shape: torch.Size, device: torch.device, dtype: torch.dtype, dropout: float, seed: int) -> Tensor:
-    """Returns 1 for elements that stay and 0 for others, drawn from the seed; shape (tokens, features).
-
-    An element's random number is a byte of its own, eight from one draw, and a fraction that it shares with its
-    feature's other tokens: together uniform in [0, 256), so that it is dropped with the asked probability exactly,
-    at half the cost of sixteen bits each. The covariance of two tokens that the shared fraction makes is below 4e-6.
-    Not truth values, because a product with such a mask takes several times as long on a CPU.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-    draws = torch.empty((shape.numel() + 7) // 8, dtype=torch.int64, device=device)
-    draws.random_(-(2**63), None, generator=generator)
-    fractions = torch.rand(shape[-1], device=device, generator=generator)
-    # Comparing float32 in place is the fastest there is.
-    return draws.view(torch.uint8)[: shape.numel()].view(shape).float().ge_(256 * dropout - fractions).to(dtype)
-
-
-def _keep(x: Tensor, mask: Tensor) -> Tensor:
-    """Returns x times the mask, in the memory of the mask unless that may be wanted for a second derivative."""
-    return x * mask if torch.is_grad_enabled() else mask.mul_(x)
-
-
 class _Fused(torch.autograd.Function):
-    """Saves x, W, A and B; the rank-sized product and the dropout mask are made again on the way back.
+    """Saves x, W, A and B; the rank-sized product is made again on the way back.
 
-    Where neither W nor the factor that the input meets first is trained, nothing needs x: the rank-sized product is
-    saved in its place (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303). With dropout it is saved beside x, being much
-    smaller and slow to make again. It is a second output then, so that a second derivative finds its way through it.
+    With dropout the mask is saved in a bit for each element, and the rank-sized product too, being much smaller than x
+    and slow to make again. Where neither W nor the factor that the input meets first is trained, nothing needs x: the
+    rank-sized product is saved in its place (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303). A saved product is a second
+    output, so that a second derivative finds its way through it.
     """
 
     @staticmethod
@@ -209,65 +201,83 @@ class _Fused(torch.autograd.Function):
         scales: tuple[float, ...],
         transposed: bool,
         dropout: float,
-        seed: int | None,
         *factors: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         wants = ctx.needs_input_grad
-        narrow = not wants[1] and not any(wants[7::2])
-        # A view made in here could not be changed in place outside, as models do with `hidden += residual`.
-        output, inner = (t.detach() for t in _output(x, weight, bias, scales, transposed, dropout, seed, factors))
-        inner = inner.view(-1, inner.shape[-1])
-        saved = inner if narrow or seed is not None else None
-        ctx.save_for_backward(None if narrow else x, saved, weight, *factors)
+        narrow = not wants[1] and not any(wants[6::2])
+        output, inner, mask = _output(x, weight, bias, scales, transposed, dropout, factors)
+        saved = inner.detach() if narrow or mask is not None else None
+        needed = mask is not None and (wants[0] or not narrow)
+        ctx.save_for_backward(None if narrow else x, saved, packed(mask) if needed else None, weight, *factors)
         ctx.narrow, ctx.shape, ctx.dtype, ctx.low = narrow, x.shape, x.dtype, _low_rank_dtype(x)
-        ctx.options = scales, transposed, dropout, seed
+        ctx.options = scales, transposed, dropout
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return output, saved
+        ctx.set_materialize_grads(False)
+        # A view made in here could not be changed in place outside, as models do with `hidden += residual`.
+        return output.detach(), saved
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, inner, weight, *factors = ctx.saved_tensors
-        scales, transposed, dropout, seed = ctx.options
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        x, inner, bits, weight, *factors = ctx.saved_tensors
+        scales, transposed, dropout = ctx.options
         wants = ctx.needs_input_grad
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        outputs = weight.shape[1 if transposed else 0]
+        if grads[0] is None:
+            grad = weight.new_zeros((math.prod(ctx.shape[:-1]), outputs), dtype=ctx.dtype)
+        else:
+            grad = grads[0].reshape(-1, outputs)
         first, second = _stack(factors, ctx.low, transposed)
         low_grad = _cast(grad, ctx.low)
         inner_grad = _scale(low_grad @ second, scales, factors, transposed, dropout)
-        if inner is not None:
-            inner_grad = inner_grad + grads[1]
+        if len(grads) > 1 and grads[1] is not None:
+            inner_grad = inner_grad + _cast(grads[1], ctx.low)
+        mask = None if bits is None else unpacked(bits)
         flat: Any = None if x is None else x.reshape(-1, x.shape[-1])
-        mask = None
-        if seed is not None and (wants[0] or not ctx.narrow):
-            mask = _mask(torch.Size((len(grad), ctx.shape[-1])), grad.device, ctx.low, dropout, seed)
+        factor_grads: list[Tensor | None] = [None] * len(factors)
+        # The large product comes last, since it drives the gradient and the input out of the processor's caches.
+        if any(wants[6:]):
+            met = None if ctx.narrow else _met(flat, mask, ctx.low)
+            if inner is None:
+                inner = F.linear(met, first)
+            inner = _scale(_cast(inner, ctx.low), scales, factors, transposed, dropout)
+            second_grad = inner.t() @ low_grad
+            first_grad = None if met is None else inner_grad.t() @ met
+            factor_grads = _split(first_grad, second_grad, factors, transposed)
         x_grad = weight_grad = None
         if wants[0]:
             x_grad = grad @ _cast(weight.t() if transposed else weight, ctx.dtype)
             if mask is None:
                 x_grad = _add_product(x_grad, inner_grad, first)
             else:
-                x_grad = x_grad.addcmul_(inner_grad @ first, mask)
+                x_grad = x_grad.add_(kept(inner_grad @ first, mask))
             x_grad = x_grad.view(ctx.shape)
         if wants[1]:
             weight_grad = (flat.t() @ grad if transposed else grad.t() @ flat).to(weight.dtype)
         bias_grad = grad.sum(0).to(ctx.bias_dtype) if wants[2] else None
-        factor_grads: list[Tensor | None] = [None] * len(factors)
-        if any(wants[7:]):
-            first_grad = None
-            if not ctx.narrow:
-                met = _cast(flat, ctx.low) if mask is None else _keep(flat, mask)
-                first_grad = inner_grad.t() @ met
-                inner = met @ first.t() if inner is None else inner
-            second_grad = low_grad.t() @ _scale(inner, scales, factors, transposed, dropout)
-            factor_grads = _split(first_grad, second_grad, factors, transposed)
-        return (x_grad, weight_grad, bias_grad, None, None, None, None, *factor_grads)
+        return (x_grad, weight_grad, bias_grad, None, None, None, *factor_grads)
 
 
 def _split(first: Tensor | None, second: Tensor, factors: Factors, transposed: bool) -> list[Tensor | None]:
-    """Returns the gradients of the stacked factors as each adapter's own, in its dtype; None where there is none."""
-    ranks = _ranks(factors, transposed)
-    firsts = [None] * len(ranks) if first is None else torch.split(first, ranks)
-    gradients = [gradient for pair in zip(firsts, torch.split(second, ranks, dim=1), strict=True) for gradient in pair]
+    """Returns the gradients of the stacked factors as each adapter's own, in its dtype; None where there is none.
+
+    Args:
+        first: gradient of the stacked first factors (summed rank, in), or None.
+        second: gradient of the stacked second factors, transposed (summed rank, out).
+        factors: A and B of each adapter.
+        transposed: whether the layer is a transposed one.
+    """
+    gradients: list[Tensor | None] = [first, second]
+    if len(factors) > 2:
+        ranks = _ranks(factors, transposed)
+        firsts = [None] * len(ranks) if first is None else torch.split(first, ranks)
+        gradients = [one for pair in zip(firsts, torch.split(second, ranks), strict=True) for one in pair]
+    turned = (transposed, not transposed) * (len(factors) // 2)
     return [
-        None if gradient is None else _cast(gradient.t() if transposed else gradient, factor.dtype)
-        for gradient, factor in zip(gradients, factors, strict=True)
+        None if gradient is None else _as_factor(gradient.t() if turn else gradient, factor.dtype)
+        for gradient, turn, factor in zip(gradients, turned, factors, strict=True)
     ]
+
+
+def _as_factor(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a gradient in its factor's dtype and strides, or autograd would copy it once more."""
+    return gradient.to(dtype, memory_format=torch.contiguous_format)
