@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def draw(x: Tensor, rate: float) -> Tensor:
-    """Returns a mask for `kept`: 1 for elements of x that stay, 0 for those that are dropped, uint8 in eight rows.
+    """Returns which elements of x stay (1) and which are dropped (0): uint8 in eight rows, one after the other.
 
     Drawn from the default generator of x's device, whose state gradient checkpointing puts back. An element's random
     number is a byte of its own, eight from one draw; the byte below which it is dropped is one of two neighbours, drawn
@@ -21,42 +23,46 @@ def draw(x: Tensor, rate: float) -> Tensor:
         rate: probability with which an element is dropped, in [0, 1).
     """
     draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    mask = draws.view(torch.uint8)
+    rows = draws.view(torch.uint8).view(8, -1)
+    stays = _shaped(rows, x.shape)
     whole = int(256 * rate)
     raised = torch.empty(x.shape[-1], dtype=torch.uint8, device=x.device).bernoulli_(256 * rate - whole)
-    keep = _shaped(mask, x)
     if whole < 255:
-        keep.ge_(raised.add_(whole))
+        stays.ge_(raised.add_(whole))
     else:
         # A bound of 256 is above every byte, but no byte itself.
-        keep.ge_(255).mul_(1 - raised)
-    return mask.view(8, -1)
+        stays.ge_(255).mul_(1 - raised)
+    return rows
 
 
-def packed(mask: Tensor) -> Tensor:
-    """Returns a mask with its eight rows in the bits of one."""
-    return (mask << _shifts(mask)).sum(0, dtype=torch.uint8)
+def pack(rows: Tensor) -> Tensor:
+    """Returns the eight rows in the bits of one."""
+    return (rows << _shifts(rows)).sum(0, dtype=torch.uint8)
 
 
-def unpacked(bits: Tensor) -> Tensor:
-    """Returns the mask that was packed."""
-    return (bits >> _shifts(bits)).bitwise_and_(1)
+def mask_of(rows: Tensor, x: Tensor) -> Tensor:
+    """Returns eight rows as a mask for `keep`, of x's shape."""
+    return _shaped(rows, x.shape).to(_INTEGERS[x.dtype.itemsize])
+
+
+def unpack(bits: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
+    """Returns packed rows as a mask for `keep`, for numbers of that dtype and shape."""
+    wide = bits.to(_INTEGERS[dtype.itemsize])
+    return _shaped((wide >> _shifts(wide)).bitwise_and_(1), shape)
 
 
 def _shifts(like: Tensor) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=like.device).view(8, 1)
+    return torch.arange(8, dtype=like.dtype, device=like.device).view(8, 1)
 
 
-def kept(x: Tensor, mask: Tensor) -> Tensor:
-    """Returns x where the mask is 1, and 0 where it is 0."""
-    keep = _shaped(mask.view(-1), x)
+def _shaped(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return rows.view(-1)[: math.prod(shape)].view(shape)
+
+
+def keep(x: Tensor, mask: Tensor) -> Tensor:
+    """Returns x where the mask is 1, and 0 where it is 0; numbers of one size."""
     if torch.is_grad_enabled():
         # A derivative of the backward pass is wanted.
-        return x * keep.to(x.dtype)
+        return x * mask.to(x.dtype)
     # Integers are what a CPU multiplies fastest.
-    integers = _INTEGERS[x.dtype.itemsize]
-    return keep.to(integers).mul_(x.view(integers)).view(x.dtype)
-
-
-def _shaped(mask: Tensor, x: Tensor) -> Tensor:
-    return mask[: x.numel()].view(x.shape)
+    return x.view(mask.dtype).mul(mask).view(x.dtype)

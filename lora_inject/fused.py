@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,11 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .dropout import draw, kept, packed, unpacked
-
-Factors = Sequence[Tensor]
-"""A and B of each adapter, one after the other: A (rank, in), B (out, rank) for nn.Linear."""
-
+from .dropout import draw, keep, mask_of, pack, unpack
+from .stacking import Factors, cast, stacked, unstacked
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _HALF = (torch.bfloat16, torch.float16)
@@ -61,12 +56,11 @@ def fused_linear(
     """Returns x W^T + b + sum of scale * (x A^T) B^T, accumulated in one output.
 
     Args:
-        x: input (..., in) in the dtype of the arithmetic; A and B are cast to it.
+        x: input (..., in) in the dtype of the arithmetic; A and B are cast to it, or one token to A's if that is wider.
         weight: W (out, in), or (in, out) if transposed.
         bias: b (out), or None.
         scales: one factor per adapter.
-        factors: A (rank, in) and B (out, rank) per adapter; if transposed B (in, rank) and A (rank, out) in that
-            order, the one that the input meets first.
+        factors: A and B per adapter, the one that the input meets first.
         transposed: whether the layer is a transposed one, y = x W + b.
         dropout: probability with which an input element is dropped before the low-rank path; one adapter only.
     """
@@ -89,9 +83,9 @@ def _output(
     dropout: float,
     factors: Factors,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns the output, the rank-sized product, not scaled, (tokens, rank), and the mask of the dropout, if any."""
-    weight = _cast(weight, x.dtype)
-    bias = None if bias is None else _cast(bias, x.dtype)
+    """Returns the output, the rank-sized product, not scaled, (tokens, rank), and what `draw` gave, if anything."""
+    weight = cast(weight, x.dtype)
+    bias = None if bias is None else cast(bias, x.dtype)
     if transposed:
         flat = x.reshape(-1, x.shape[-1])
         output = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
@@ -101,38 +95,34 @@ def _output(
         output = F.linear(x, weight, bias)
     if x.numel() == x.shape[-1] and len(scales) == 1 and not dropout:
         return output, _add_to_one(output, x, scales[0], factors, transposed), None
-    first, second = _stack(factors, _low_rank_dtype(x), transposed)
+    first, second, scale = stacked(factors, scales, _low_rank_dtype(x), transposed)
     flat = x.reshape(-1, x.shape[-1])
-    mask = draw(flat, dropout) if dropout else None
-    inner = F.linear(_met(flat, mask, first.dtype), first)
-    rows = output.view(-1, output.shape[-1])
-    if len(scales) == 1:
-        # The one factor comes for free with the product.
-        _add_product(rows, inner, second.t(), scales[0] / (1 - dropout))
-    else:
-        _add_product(rows, _scale(inner, scales, factors, transposed, dropout), second.t())
-    return output, inner, mask
+    drawn = draw(flat, dropout) if dropout else None
+    met = flat if drawn is None else keep(flat, mask_of(drawn, flat))
+    inner = F.linear(cast(met, first.dtype), first)
+    _add_product(output.view(-1, output.shape[-1]), inner, second.t(), scale / (1 - dropout))
+    return output, inner, drawn
 
 
 def _add_to_one(output: Tensor, x: Tensor, scale: float, factors: Factors, transposed: bool) -> Tensor:
     """Adds the low-rank path to the output of one token and returns its rank-sized product.
 
-    One token is a vector, for which there are faster kernels, and a smaller thing to cast than the factors.
+    One token is a vector, for which there are faster kernels, and is a smaller thing to cast than the factors.
     """
-    first, second = (factor.t() for factor in factors) if transposed else factors
-    if first.dtype.itemsize < x.dtype.itemsize or first.dtype != second.dtype:
-        first, second = _stack(factors, x.dtype, transposed)
-    inner = torch.mv(first, _cast(x.view(-1), first.dtype))
-    if output.dtype == first.dtype:
+    dtype = factors[0].dtype if factors[0].dtype.itemsize > x.dtype.itemsize else x.dtype
+    first, second, _ = stacked(factors, (scale,), dtype, transposed)
+    inner = torch.mv(first, cast(x.view(-1), dtype))
+    if output.dtype == dtype:
         output.view(-1).addmv_(second, inner, alpha=scale)
     else:
         output.view(-1).add_(torch.mv(second, inner).to(output.dtype), alpha=scale)
     return inner.view(1, -1)
 
 
-def _met(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Returns what the first factor meets, of an input (tokens, in)."""
-    return _cast(x if mask is None else kept(x, mask), dtype)
+def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Returns scale * left @ right."""
+    # With beta=0 the first argument gives nothing but its number of columns.
+    return left @ right if scale == 1 else torch.addmm(right[:1], left, right, beta=0, alpha=scale)
 
 
 def _add_product(output: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
@@ -140,11 +130,6 @@ def _add_product(output: Tensor, left: Tensor, right: Tensor, scale: float = 1.0
     if output.dtype == left.dtype:
         return output.addmm_(left, right, alpha=scale)
     return output.add_(left @ right, alpha=scale)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the tensor in the dtype; asking first is much cheaper than a call that has nothing to do."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _low_rank_dtype(x: Tensor) -> torch.dtype:
@@ -160,27 +145,6 @@ def _is_emulated(dtype: torch.dtype) -> bool:
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
     return dtype in supported and not supported[dtype]()
-
-
-def _stack(factors: Factors, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor]:
-    """Returns all first factors as (summed rank, in) and all second ones as (out, summed rank)."""
-    ordered = [_cast(factor.t() if transposed else factor, dtype) for factor in factors]
-    if len(ordered) == 2:
-        return ordered[0], ordered[1]
-    return torch.cat(ordered[0::2]), torch.cat(ordered[1::2], dim=1)
-
-
-def _ranks(factors: Factors, transposed: bool) -> list[int]:
-    return [factor.shape[1 if transposed else 0] for factor in factors[0::2]]
-
-
-def _scale(inner: Tensor, scales: tuple[float, ...], factors: Factors, transposed: bool, dropout: float) -> Tensor:
-    """Returns the rank-sized product times each adapter's scale, and what dropout takes from the mean."""
-    if len(scales) == 1:
-        factor = scales[0] / (1 - dropout)
-        return inner if factor == 1 else inner * factor
-    parts = torch.split(inner, _ranks(factors, transposed), dim=1)
-    return torch.cat([part * scale for part, scale in zip(parts, scales, strict=True)], dim=1)
 
 
 class _Fused(torch.autograd.Function):
@@ -205,79 +169,54 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         wants = ctx.needs_input_grad
         narrow = not wants[1] and not any(wants[6::2])
-        output, inner, mask = _output(x, weight, bias, scales, transposed, dropout, factors)
-        saved = inner.detach() if narrow or mask is not None else None
-        needed = mask is not None and (wants[0] or not narrow)
-        ctx.save_for_backward(None if narrow else x, saved, packed(mask) if needed else None, weight, *factors)
-        ctx.narrow, ctx.shape, ctx.dtype, ctx.low = narrow, x.shape, x.dtype, _low_rank_dtype(x)
-        ctx.options = scales, transposed, dropout
+        output, inner, drawn = _output(x, weight, bias, scales, transposed, dropout, factors)
+        saved = inner.detach() if narrow or dropout else None
+        bits = pack(drawn) if drawn is not None and (wants[0] or not narrow) else None
+        ctx.save_for_backward(None if narrow else x, saved, bits, weight, *factors)
+        ctx.narrow, ctx.shape, ctx.dtype = narrow, x.shape, x.dtype
+        ctx.options = scales, transposed, dropout, _low_rank_dtype(x)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         # A view made in here could not be changed in place outside, as models do with `hidden += residual`.
         return output.detach(), saved
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, saved_grad: Tensor | None) -> Any:
         x, inner, bits, weight, *factors = ctx.saved_tensors
-        scales, transposed, dropout = ctx.options
+        scales, transposed, dropout, low = ctx.options
         wants = ctx.needs_input_grad
-        outputs = weight.shape[1 if transposed else 0]
-        if grads[0] is None:
-            grad = weight.new_zeros((math.prod(ctx.shape[:-1]), outputs), dtype=ctx.dtype)
-        else:
-            grad = grads[0].reshape(-1, outputs)
-        first, second = _stack(factors, ctx.low, transposed)
-        low_grad = _cast(grad, ctx.low)
-        inner_grad = _scale(low_grad @ second, scales, factors, transposed, dropout)
-        if len(grads) > 1 and grads[1] is not None:
-            inner_grad = inner_grad + _cast(grads[1], ctx.low)
-        mask = None if bits is None else unpacked(bits)
-        flat: Any = None if x is None else x.reshape(-1, x.shape[-1])
+        if grad is None:
+            # A second derivative may come through the saved product alone.
+            grad = weight.new_zeros((*ctx.shape[:-1], weight.shape[1 if transposed else 0]), dtype=ctx.dtype)
+        grad = grad.reshape(-1, grad.shape[-1])
+        first, second, scale = stacked(factors, scales, low, transposed)
+        scale /= 1 - dropout
+        low_grad = cast(grad, low)
+        inner_grad = _product(low_grad, second, scale)
+        if saved_grad is not None:
+            inner_grad = inner_grad + cast(saved_grad, low)
+        flat = x_grad = weight_grad = bias_grad = None
         factor_grads: list[Tensor | None] = [None] * len(factors)
+        if x is not None:
+            flat = x.reshape(-1, x.shape[-1])
+        mask = None if bits is None else unpack(bits, ctx.dtype, (len(grad), ctx.shape[-1]))
         # The large product comes last, since it drives the gradient and the input out of the processor's caches.
         if any(wants[6:]):
-            met = None if ctx.narrow else _met(flat, mask, ctx.low)
-            if inner is None:
-                inner = F.linear(met, first)
-            inner = _scale(_cast(inner, ctx.low), scales, factors, transposed, dropout)
-            second_grad = inner.t() @ low_grad
-            first_grad = None if met is None else inner_grad.t() @ met
-            factor_grads = _split(first_grad, second_grad, factors, transposed)
-        x_grad = weight_grad = None
+            first_grad = None
+            if flat is not None:
+                met = cast(flat if mask is None else keep(flat, mask), low)
+                first_grad = inner_grad.t() @ met
+                inner = F.linear(met, first) if inner is None else inner
+            second_grad = _product(cast(inner, low).t(), low_grad, scale)
+            factor_grads = unstacked(first_grad, second_grad, factors, scales, transposed)
         if wants[0]:
-            x_grad = grad @ _cast(weight.t() if transposed else weight, ctx.dtype)
-            if mask is None:
-                x_grad = _add_product(x_grad, inner_grad, first)
-            else:
-                x_grad = x_grad.add_(kept(inner_grad @ first, mask))
-            x_grad = x_grad.view(ctx.shape)
+            x_grad = cast(inner_grad @ first, ctx.dtype)
+            x_grad = x_grad if mask is None else keep(x_grad, mask)
+            # The large product adds itself to the small one, so that no pass over their sum is needed.
+            x_grad = x_grad.addmm_(grad, cast(weight.t() if transposed else weight, ctx.dtype)).view(ctx.shape)
         if wants[1]:
+            assert flat is not None
             weight_grad = (flat.t() @ grad if transposed else grad.t() @ flat).to(weight.dtype)
-        bias_grad = grad.sum(0).to(ctx.bias_dtype) if wants[2] else None
+        if wants[2]:
+            bias_grad = grad.sum(0).to(ctx.bias_dtype)
         return (x_grad, weight_grad, bias_grad, None, None, None, *factor_grads)
-
-
-def _split(first: Tensor | None, second: Tensor, factors: Factors, transposed: bool) -> list[Tensor | None]:
-    """Returns the gradients of the stacked factors as each adapter's own, in its dtype; None where there is none.
-
-    Args:
-        first: gradient of the stacked first factors (summed rank, in), or None.
-        second: gradient of the stacked second factors, transposed (summed rank, out).
-        factors: A and B of each adapter.
-        transposed: whether the layer is a transposed one.
-    """
-    gradients: list[Tensor | None] = [first, second]
-    if len(factors) > 2:
-        ranks = _ranks(factors, transposed)
-        firsts = [None] * len(ranks) if first is None else torch.split(first, ranks)
-        gradients = [one for pair in zip(firsts, torch.split(second, ranks), strict=True) for one in pair]
-    turned = (transposed, not transposed) * (len(factors) // 2)
-    return [
-        None if gradient is None else _as_factor(gradient.t() if turn else gradient, factor.dtype)
-        for gradient, turn, factor in zip(gradients, turned, factors, strict=True)
-    ]
-
-
-def _as_factor(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns a gradient in its factor's dtype and strides, or autograd would copy it once more."""
-    return gradient.to(dtype, memory_format=torch.contiguous_format)

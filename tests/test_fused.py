@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import lora_inject as li
-from lora_inject.dropout import draw, packed, unpacked
+from lora_inject.dropout import draw
 from lora_inject.fused import fused_linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
