@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -13,11 +12,10 @@ from .bulk import uncollected
 from .errors import StateError, did_you_mean
 from .host import Host
 from .sites import join
-from .tree import INNER, Node, walk
+from .tree import INNER, Node, modules, walk
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterRef:
+class AdapterRef(NamedTuple):
     """One adapter in a model: its site's path, its name, the host and the adapter itself."""
 
     path: str
@@ -93,7 +91,14 @@ def pick(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
     Raises:
         StateError: the model carries no adapters, or none of one of the names.
     """
-    return _checked(adapters(model), names)
+    return _checked((name for name, _ in held_adapters(model)), names)
+
+
+def held_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
+    """Yields the name and the adapter of `adapters(model)` without their paths, which take longest to form."""
+    for module in modules(model):
+        if isinstance(module, Host):
+            yield from module._modules[INNER].named()  # type: ignore[union-attr, operator]
 
 
 @uncollected()
@@ -104,12 +109,12 @@ def chosen(nodes: Iterable[Node], names: tuple[str, ...]) -> list[AdapterRef]:
         StateError: as `pick` does.
     """
     refs = list(adapters_in(nodes))
-    wanted = _checked(refs, names)
+    wanted = _checked((ref.name for ref in refs), names)
     return [ref for ref in refs if ref.name in wanted]
 
 
-def _checked(refs: Iterable[AdapterRef], names: tuple[str, ...]) -> tuple[str, ...]:
-    known = tuple(dict.fromkeys(ref.name for ref in refs))
+def _checked(held: Iterable[str], names: tuple[str, ...]) -> tuple[str, ...]:
+    known = tuple(dict.fromkeys(held))
     if not known:
         raise StateError("the model carries no adapters: call lora_inject.inject or load first")
     for name in names:

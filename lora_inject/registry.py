@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -18,7 +19,9 @@ PLUGINS = "lora_inject.adapters"
 """Group of the entry points by which installed packages bring adapter classes; each names one class."""
 
 A = TypeVar("A", bound=type[Adapter])
-_classes: list[type[Adapter]] = []
+_classes: tuple[type[Adapter], ...] = ()
+# By base class, held weakly, because parametrize makes a class for each instance.
+_sources: WeakKeyDictionary[type, type[Adapter] | None] = WeakKeyDictionary()
 _loading = threading.RLock()
 _loaded = _is_loading = False
 
@@ -38,8 +41,14 @@ def register(adapter_class: A) -> A:
         raise ConfigError(f"register: {adapter_class.__name__} does not define {', '.join(missing)}")
     if not isinstance(getattr(adapter_class, "kind", None), str):
         raise ConfigError(f'register: {adapter_class.__name__} needs a name for files and tables: kind = "..."')
-    _classes[:] = [adapter_class, *(known for known in _classes if known.kind != adapter_class.kind)]
+    _set((adapter_class, *(known for known in _classes if known.kind != adapter_class.kind)))
     return adapter_class
+
+
+def _set(classes: tuple[type[Adapter], ...]) -> None:
+    global _classes
+    _classes = classes
+    _sources.clear()
 
 
 def registered() -> tuple[type[Adapter], ...]:
@@ -50,7 +59,7 @@ def registered() -> tuple[type[Adapter], ...]:
     """
     if not _loaded:
         _load_once()
-    return tuple(_classes)
+    return _classes
 
 
 def _load_once() -> None:
@@ -60,12 +69,12 @@ def _load_once() -> None:
         # A plug-in may plan while it is imported.
         if _loaded or _is_loading:
             return
-        before, _is_loading = list(_classes), True
+        before, _is_loading = _classes, True
         try:
             _load_plugins()
             _loaded = True
         except BaseException:
-            _classes[:] = before
+            _set(before)
             raise
         finally:
             _is_loading = False
@@ -83,7 +92,7 @@ def _load_plugins() -> None:
                 "Update or uninstall that package"
             ) from error
     taken = {known.kind for known in first}
-    _classes[:] = [*first, *(known for known in _classes if known.kind not in taken)]
+    _set((*first, *(known for known in _classes if known.kind not in taken)))
 
 
 def _label(entry: EntryPoint) -> str:
@@ -109,10 +118,10 @@ def adapter_for_parameter(module: nn.Module, name: str) -> type[Adapter] | None:
 
 def source_of(base: type) -> type[Adapter] | None:
     """Returns the class that brings further members for hosts of a base class, whichever adapters they carry."""
-    for known in registered():
-        if known.members(base):
-            return known
-    return None
+    classes = registered()
+    if base not in _sources:
+        _sources[base] = next((known for known in classes if known.members(base)), None)
+    return _sources[base]
 
 
 def by_kind(kind: object) -> type[Adapter]:

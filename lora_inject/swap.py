@@ -108,8 +108,11 @@ def drop_stale_forward(module: nn.Module) -> None:
     accelerate keeps the forward that it found, the host's, in `_old_forward`, and sets it as the instance's forward
     when its hook goes.
     """
-    for key, value in list(module.__dict__.items()):
-        if getattr(value, "__func__", None) is OutputHost.forward and not isinstance(module, OutputHost):
+    if isinstance(module, OutputHost):
+        return
+    own = module.__dict__
+    for key in [key for key, value in own.items() if type(value) is types.MethodType]:
+        if own[key].__func__ is OutputHost.forward:
             if key == "forward":
                 del module.__dict__[key]
             else:

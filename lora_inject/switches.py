@@ -16,9 +16,8 @@ from .errors import StateError
 from .host import Host
 from .merge import merged_hosts
 from .merging import merge_again, unmerge_host
-from .refs import adapters, chosen, pick
+from .refs import adapters, held_adapters, pick
 from .ties import Ties, find_ties
-from .tree import walk
 
 
 def disabled(model: nn.Module, *names: str) -> AbstractContextManager[None]:
@@ -38,11 +37,11 @@ def disabled(model: nn.Module, *names: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def _disabled(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
-    refs = chosen(walk(model), names)
-    covered = {id(ref.module) for ref in refs if ref.adapter.merged}
-    merged = {path: host for path, host in merged_hosts(model).items() if id(host) in covered} if covered else {}
-    before = {path: host.adapters.merged_names() for path, host in merged.items()}
-    muted = [ref.adapter.__dict__ for ref in refs]
+    covered = _named(model, names)
+    hosts = merged_hosts(model) if any(adapter.merged for adapter in covered) else {}
+    before = {path: host.adapters.merged_names() for path, host in hosts.items()}
+    merged = {path: host for path, host in hosts.items() if not set(names).isdisjoint(before[path])}
+    muted = [adapter.__dict__ for adapter in covered]
     begun: list[bool] = []
     try:
         with all_or_nothing() as undo:
@@ -95,11 +94,11 @@ def scaled(model: nn.Module, factor: float, *names: str) -> AbstractContextManag
 
 @contextmanager
 def _scaled(model: nn.Module, factor: float, names: tuple[str, ...]) -> Iterator[None]:
-    refs = chosen(walk(model), names)
-    for ref in refs:
-        if ref.adapter.merged:
-            raise StateError(f"{ref.path}: adapter {ref.name!r} is merged and cannot be scaled: unmerge(model) first")
-    before = [(ref.adapter, ref.adapter.factor) for ref in refs]
+    covered = _named(model, names)
+    for adapter in covered:
+        if adapter.merged:
+            raise StateError(f"{_label(model, adapter)} is merged and cannot be scaled: unmerge(model) first")
+    before = [(adapter, adapter.factor) for adapter in covered]
     for adapter, old in before:
         adapter.factor = old * factor
         adapter.scalings += 1
@@ -109,6 +108,15 @@ def _scaled(model: nn.Module, factor: float, names: tuple[str, ...]) -> Iterator
         for adapter, old in before:
             adapter.factor = old
             adapter.scalings -= 1
+
+
+def _named(model: nn.Module, names: tuple[str, ...]) -> list[Adapter]:
+    return [adapter for name, adapter in held_adapters(model) if name in names]
+
+
+def _label(model: nn.Module, adapter: Adapter) -> str:
+    ref = next(ref for ref in adapters(model) if ref.adapter is adapter)
+    return f"{ref.path}: adapter {ref.name!r}"
 
 
 class activate:
@@ -124,13 +132,13 @@ class activate:
 
     def __init__(self, model: nn.Module, *names: str) -> None:
         pick(model, names)
-        refs = list(adapters(model))
-        for ref in refs:
-            if ref.adapter.merged and ref.adapter.enabled != (ref.name in names):
-                raise StateError(f"{ref.path}: adapter {ref.name!r} is merged: unmerge(model) before you switch it")
-        self.before: list[tuple[Adapter, bool]] = [(ref.adapter, ref.adapter.enabled) for ref in refs]
-        for ref in refs:
-            ref.adapter.enabled = ref.name in names
+        held = list(held_adapters(model))
+        for name, adapter in held:
+            if adapter.merged and adapter.enabled != (name in names):
+                raise StateError(f"{_label(model, adapter)} is merged: unmerge(model) before you switch it")
+        self.before = [(adapter, adapter.enabled) for _, adapter in held]
+        for name, adapter in held:
+            adapter.enabled = name in names
 
     def __enter__(self) -> activate:
         return self

@@ -20,9 +20,10 @@ def _same_numbers_every_time():
 @pytest.fixture
 def clean_registry():
     """Lets a test register adapter classes without leaving them to the next one."""
-    before, loaded = list(registry._classes), registry._loaded
+    before, loaded = registry._classes, registry._loaded
     yield
-    registry._classes[:], registry._loaded = before, loaded
+    registry._set(before)
+    registry._loaded = loaded
 
 
 @pytest.fixture

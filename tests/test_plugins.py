@@ -141,7 +141,7 @@ def test_a_plugin_wins_over_built_in_classes_and_user_code_over_both(install):
 def test_a_broken_plugin_is_named_each_time_and_changes_nothing(install, code, value, message):
     install("good_plugin", scaled("of_good", "nn.Linear"), "good_plugin:ScaledAdapter")
     install("bad_plugin", code, value)
-    before, model = list(registry._classes), nn.Sequential(nn.Linear(2, 2))
+    before, model = registry._classes, nn.Sequential(nn.Linear(2, 2))
     for _ in range(2):
         with pytest.raises(
             li.ConfigError, match=rf"the plug-in 'mine' \({value}\) of the package 'bad.plugin'.*{message}"
