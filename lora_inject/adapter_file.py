@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,8 +25,7 @@ _ADDED: dict[str, Any] = {"train_a": True, "tied": {}}
 """Keys that files of this version did not have at first, and what a file without one means."""
 
 
-@dataclass(frozen=True, slots=True)
-class SiteRecord:
+class SiteRecord(NamedTuple):
     """One site as a file describes it.
 
     Attributes:
@@ -45,7 +45,7 @@ class SiteRecord:
     config: SiteConfig
     extras: Mapping[str, Any]
     base: Mapping[str, Any]
-    tied: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = MappingProxyType({})
 
     def owner(self, path: str) -> str:
         """Returns the path of the module that a path of this site belongs to: itself, or its parameter's owner."""

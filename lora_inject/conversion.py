@@ -160,7 +160,7 @@ def _identified(bundle: Bundle, names: ModelNames, check: bool) -> Bundle:
             found = fingerprint(nodes[owner], touched)
         if record.base.get("hash") not in (None, found["hash"]):
             differ.append(path)
-        sites[path] = record if record.base.get("hash") else replace(record, base=found)
+        sites[path] = record if record.base.get("hash") else record._replace(base=found)
     if differ and check:
         raise MismatchError(
             f"{bundle.path}: made for other base weights: {len(differ)} of {len(sites)} sites differ:\n"

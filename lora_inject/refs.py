@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from .adapter import Adapter, parameters_of
-from .bulk import uncollected
 from .errors import StateError, did_you_mean
 from .host import Host
 from .sites import join
@@ -30,6 +29,10 @@ class AdapterRef(NamedTuple):
         return self.path if parameter is None else self.path[: -len(parameter)].rstrip(".")
 
 
+Placed = tuple[Node, AdapterRef]
+"""An adapter and the place of its host."""
+
+
 def adapters(model: nn.Module) -> Iterator[AdapterRef]:
     """Returns an iterator over every adapter in the model, in the order of the modules, then of injection."""
     return adapters_in(walk(model))
@@ -37,11 +40,17 @@ def adapters(model: nn.Module) -> Iterator[AdapterRef]:
 
 def adapters_in(nodes: Iterable[Node]) -> Iterator[AdapterRef]:
     """Yields every adapter in the modules of a walk."""
+    return (ref for _, ref in placed_in(nodes))
+
+
+def placed_in(nodes: Iterable[Node]) -> Iterator[Placed]:
+    """Yields every adapter in the modules of a walk, and the place of its host."""
     for node in nodes:
-        if isinstance(node.module, Host):
+        module = node.module
+        if isinstance(module, Host):
             # Past nn.Module's __getattr__, which takes longer than all else here.
-            for name, adapter in node.module._modules[INNER].named():  # type: ignore[union-attr, operator]
-                yield AdapterRef(join(node.path, adapter.parameter), name, node.module, adapter)
+            for name, adapter in module._modules[INNER].named():  # type: ignore[union-attr, operator]
+                yield node, AdapterRef(join(node.paths[0], adapter.parameter), name, module, adapter)
 
 
 def by_host(refs: Iterable[AdapterRef]) -> list[list[AdapterRef]]:
@@ -101,16 +110,28 @@ def held_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
             yield from module._modules[INNER].named()  # type: ignore[union-attr, operator]
 
 
-@uncollected()
-def chosen(nodes: Iterable[Node], names: tuple[str, ...]) -> list[AdapterRef]:
+def chosen(nodes: Sequence[Node], names: tuple[str, ...]) -> list[AdapterRef]:
     """Returns the adapters of the given names in the modules of a walk, or all where none is given.
 
     Raises:
         StateError: as `pick` does.
     """
-    refs = list(adapters_in(nodes))
-    wanted = _checked((ref.name for ref in refs), names)
-    return [ref for ref in refs if ref.name in wanted]
+    return [ref for _, ref in chosen_places(nodes, names)]
+
+
+def chosen_places(nodes: Sequence[Node], names: tuple[str, ...]) -> Iterator[Placed]:
+    """Yields what `chosen` returns, and the place of each host.
+
+    Raises:
+        StateError: as `pick` does, once all were yielded.
+    """
+    seen: set[str] = set()
+    for entry in placed_in(nodes):
+        if not names or entry[1].name in names:
+            seen.add(entry[1].name)
+            yield entry
+    if not seen or not seen.issuperset(names):
+        _checked((ref.name for ref in adapters_in(nodes)), names)
 
 
 def _checked(held: Iterable[str], names: tuple[str, ...]) -> tuple[str, ...]:

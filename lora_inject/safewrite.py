@@ -80,14 +80,16 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
 def _written_header(order: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
     # Entry by entry: for thousands of small tensors, a dict to write would take longer than writing it.
     entries = [f'"__metadata__":{json.dumps(dict(metadata), ensure_ascii=False)}']
+    kinds: dict[tuple[torch.dtype, torch.Size], tuple[str, int]] = {}
     position = 0
     for name, tensor in order:
-        end = position + tensor.nbytes
-        shape = ",".join(map(str, tensor.shape))
-        entries.append(
-            f'{_quoted(name)}:{{"dtype":"{_NAMES[tensor.dtype]}","shape":[{shape}],"data_offsets":[{position},{end}]}}'
-        )
-        position = end
+        kind = tensor.dtype, tensor.shape
+        if kind not in kinds:
+            shape = ",".join(map(str, tensor.shape))
+            kinds[kind] = f'"dtype":"{_NAMES[tensor.dtype]}","shape":[{shape}]', tensor.nbytes
+        described, size = kinds[kind]
+        entries.append(f'{_quoted(name)}:{{{described},"data_offsets":[{position},{position + size}]}}')
+        position += size
     raw = f"{{{','.join(entries)}}}".encode()
     raw += b" " * (-len(raw) % 8)
     if len(raw) > HEADER_LIMIT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .bulk import uncollected
 from .errors import StateError
 from .fingerprint import fingerprints
 from .formats import Bundle, Serve, write_adapter
-from .refs import AdapterRef, chosen, unique
+from .refs import AdapterRef, Placed, chosen, chosen_places, unique
 from .sites import join
 from .ties import pair_of
 from .tree import Node, walk
@@ -74,38 +75,51 @@ def bundle_of(model: nn.Module, name: str = "default") -> Bundle:
     Raises:
         StateError: no adapter has that name, or its parameters are on the meta device.
     """
-    walked = walk(model)
-    nodes = {id(node.module): node for node in walked}
-    groups: dict[int, list[AdapterRef]] = {}
-    for ref in chosen(walked, (name,)):
-        groups.setdefault(pair_of(ref.adapter), []).append(ref)
-    owners = [refs[0] for refs in groups.values()]
-    entries = {ref.path: {key: p.detach() for key, p in parameters_of(ref.adapter)} for ref in owners}
-    empty = [join(path, key) for path, own in entries.items() for key, tensor in own.items() if tensor.is_meta]
-    if empty:
-        raise StateError(f"{empty[0]} is on the meta device and holds no numbers: materialise the model first")
-    bases = fingerprints((nodes[id(ref.module)], ref.adapter.updates) for ref in owners)
-    sites = {
-        refs[0].path: _record(refs, [nodes[id(ref.module)] for ref in refs], base)
-        for refs, base in zip(groups.values(), bases, strict=True)
-    }
+    groups: dict[int, list[Placed]] = {}
+    entries: dict[str, dict[str, Tensor]] = {}
+
+    def owners() -> Iterator[tuple[Node, tuple[str, ...]]]:
+        # All that an adapter is asked for at once: of thousands, each look costs more than what it finds.
+        for node, ref in chosen_places(walk(model), (name,)):
+            adapter = ref.adapter
+            group = groups.setdefault(pair_of(adapter) if adapter.shared else id(adapter), [])
+            group.append((node, ref))
+            if len(group) == 1:
+                entries[ref.path] = _tensors_of(ref)
+                yield node, adapter.updates
+
+    bases = fingerprints(owners())
+    sites = {group[0][1].path: _record(group, base) for group, base in zip(groups.values(), bases, strict=True)}
     return Bundle(Path("the model"), name, sites, entries)
 
 
-def _record(refs: list[AdapterRef], nodes: list[Node], base: dict[str, Any]) -> SiteRecord:
+def _tensors_of(ref: AdapterRef) -> dict[str, Tensor]:
+    found = {key: parameter.detach() for key, parameter in parameters_of(ref.adapter)}
+    for key, tensor in found.items():
+        if tensor.is_meta:
+            raise StateError(
+                f"{join(ref.path, key)} is on the meta device and holds no numbers: materialise the model first"
+            )
+    return found
+
+
+def _record(group: list[Placed], base: dict[str, Any]) -> SiteRecord:
     """Returns the record of adapters that share their parameters; those of a single one in most cases."""
-    adapter = refs[0].adapter
-    paths = [join(path, ref.adapter.parameter) for ref, node in zip(refs, nodes, strict=True) for path in node.paths]
-    further: dict[str, str] = {}
-    if len(refs) > 1 or adapter.absent:
-        further = {ref.path: ref.adapter.stored_as or ref.adapter.kind for ref in refs[1:]}
-        further |= {path: kind for ref in refs for path, kind in ref.adapter.absent}
+    node, ref = group[0]
+    adapter = ref.adapter
+    aliases: tuple[str, ...] = ()
+    tied: dict[str, str] = {}
+    if len(group) > 1 or len(node.paths) > 1 or adapter.absent:
+        paths = [join(path, ref.adapter.parameter) for node, ref in group for path in node.paths]
+        tied = {ref.path: ref.adapter.stored_as or ref.adapter.kind for _, ref in group[1:]}
+        tied |= {path: kind for _, ref in group for path, kind in ref.adapter.absent}
+        aliases = tuple(dict.fromkeys((*paths[1:], *tied)))
     return SiteRecord(
-        path=paths[0],
-        aliases=tuple(dict.fromkeys((*paths[1:], *further))),
+        path=ref.path,
+        aliases=aliases,
         kind=adapter.stored_as or adapter.kind,
         config=adapter.config,
         extras=adapter.describe(),
         base=base,
-        tied={path: kind for path, kind in further.items() if kind},
+        tied={path: kind for path, kind in tied.items() if kind},
     )

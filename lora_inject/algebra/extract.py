@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -132,7 +132,7 @@ def _take(pair: Pair, cut: Cut, dtype: torch.dtype | None) -> _Made | Left | Non
     dtype = dtype or (torch.float32 if half else pair.before.dtype)
     tensors, rank, exact = _whole(deltas, form, dtype) if form.whole else _low(deltas, scans, form, cut, dtype)
     config = SiteConfig(rank=rank, dtype=dtype)
-    record = replace(_record(place, config), base=pair.before.fingerprint())
+    record = _record(place, config)._replace(base=pair.before.fingerprint())
     error = _error(deltas, form, tensors)
     row = ExtractedSite(record.path, record.kind, shape, rank, norm, error, exact)
     return _Made(record, _finite(record, tensors), row)

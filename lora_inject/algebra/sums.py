@@ -85,7 +85,7 @@ def add_up(group: Group, cut: Cut | None, dtype: torch.dtype | None) -> tuple[Si
         norm=found.exact.norm() * config.scaling,
         error=_error(group, found, tensors) * config.scaling,
     )
-    return replace(group.record, config=config), tensors, site
+    return group.record._replace(config=config), tensors, site
 
 
 def _ranks(group: Group) -> int:

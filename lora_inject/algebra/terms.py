@@ -124,7 +124,7 @@ class Group:
     def record(self) -> SiteRecord:
         """What the first file says of the site, and the fingerprint of its base from the first that knows it."""
         known = (term.record.base for term in self.terms if term.record.base["hash"] is not None)
-        return replace(self.terms[0].record, base=next(known, self.terms[0].record.base))
+        return self.terms[0].record._replace(base=next(known, self.terms[0].record.base))
 
     @property
     def is_dense(self) -> bool:

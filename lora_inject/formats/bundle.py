@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -129,7 +129,7 @@ def described(record: SiteRecord, tensors: Mapping[str, Tensor]) -> SiteRecord:
         shape = [*tensors["lora_B"].shape[:-1], tensors["lora_A"].shape[-1]]
     else:
         shape = [tensors["lora_B"].shape[0], *tensors["lora_A"].shape[1:]]
-    return replace(record, base={"shape": shape, "hash": None})
+    return record._replace(base={"shape": shape, "hash": None})
 
 
 def loaded(source: Source) -> Bundle:

@@ -65,7 +65,7 @@ def _identified(bundle: Bundle, content: Content) -> Bundle:
     known = parse_json(content.metadata.get(BASE_KEY, "{}"), where)
     if not isinstance(known, dict) or not all(map(_is_fingerprint, known.values())):
         raise FormatError(f"{where}: must hold a shape and a hash by path")
-    sites = {path: replace(record, base=known.get(path, record.base)) for path, record in bundle.sites.items()}
+    sites = {path: record._replace(base=known.get(path, record.base)) for path, record in bundle.sites.items()}
     return replace(bundle, sites=sites)
 
 

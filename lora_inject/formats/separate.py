@@ -61,7 +61,7 @@ def _split(bundle: Bundle, sites: Mapping[str, tuple[SiteRecord, str]]) -> Bundl
 
 def _told(record: SiteRecord) -> list[SiteRecord]:
     kinds = {record.path: record.kind, **record.tied}
-    return [replace(record, path=path, aliases=(), tied={}, kind=kind) for path, kind in kinds.items()]
+    return [record._replace(path=path, aliases=(), tied={}, kind=kind) for path, kind in kinds.items()]
 
 
 def _names(record: SiteRecord) -> str:
@@ -76,8 +76,8 @@ def _each(record: SiteRecord, nodes: Mapping[str, Node]) -> list[SiteRecord]:
         if node is not None and id(node.module) not in found:
             serving = adapter_for(node.module) if path != record.path and "parameter" not in record.extras else None
             kind = record.kind if serving is None else serving.stored_as or serving.kind
-            found[id(node.module)] = replace(record, path=path, aliases=(), tied={}, kind=kind)
-    return list(found.values()) or [replace(record, aliases=(), tied={})]
+            found[id(node.module)] = record._replace(path=path, aliases=(), tied={}, kind=kind)
+    return list(found.values()) or [record._replace(aliases=(), tied={})]
 
 
 def _holders(node: Node, nodes: Mapping[str, Node]) -> set[tuple[int, str]]:

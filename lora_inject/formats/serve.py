@@ -78,7 +78,7 @@ class Serve:
         parsed = Parsed(path=bundle.path, factors=[*rounded, *zeros], name=bundle.name, notes=(*bundle.notes, note))
         found = resolve(parsed, model)
         base = {path: record.base for path, record in bundle.sites.items()}
-        sites = {path: replace(record, base=base.get(path, {})) for path, record in found.sites.items()}
+        sites = {path: record._replace(base=base.get(path, {})) for path, record in found.sites.items()}
         return replace(found, sites=sites, by_segment=True)
 
     def _rank(self, factors: list[Factors]) -> int:
