@@ -47,13 +47,21 @@ def fingerprints(places: Iterable[tuple[Node, tuple[str, ...]]]) -> list[dict[st
     counts: list[int] = []
     tensors: list[Tensor] = []
     for node, names in places:
-        own = [_original(node, names[0])] if names else _everything(node)
-        shapes.append(list(own[0].shape) if names else [])
-        counts.append(len(own))
-        tensors += own
+        if names:
+            tensors.append(_original(node, names[0]))
+            shapes.append(list(tensors[-1].shape))
+            counts.append(1)
+        else:
+            own = _everything(node)
+            tensors += own
+            shapes.append([])
+            counts.append(len(own))
     parts = iter(_samples(tensors))
-    digests = (hashlib.blake2b(b"".join(islice(parts, count)), digest_size=8).hexdigest() for count in counts)
-    return [{"shape": shape, "hash": digest} for shape, digest in zip(shapes, digests, strict=True)]
+    hashed = (next(parts) if count == 1 else b"".join(islice(parts, count)) for count in counts)
+    return [
+        {"shape": shape, "hash": hashlib.blake2b(part, digest_size=8).hexdigest()}
+        for shape, part in zip(shapes, hashed, strict=True)
+    ]
 
 
 def _original(node: Node, name: str) -> Tensor:

@@ -94,12 +94,13 @@ def bundle_of(model: nn.Module, name: str = "default") -> Bundle:
 
 
 def _tensors_of(ref: AdapterRef) -> dict[str, Tensor]:
-    found = {key: parameter.detach() for key, parameter in parameters_of(ref.adapter)}
-    for key, tensor in found.items():
-        if tensor.is_meta:
+    found = {}
+    for key, parameter in parameters_of(ref.adapter):
+        if parameter.is_meta:
             raise StateError(
                 f"{join(ref.path, key)} is on the meta device and holds no numbers: materialise the model first"
             )
+        found[key] = parameter.detach()
     return found
 
 

@@ -74,6 +74,10 @@ def _unwrap(module: nn.Module, key: str) -> tuple[nn.Module, str]:
     return module, key
 
 
+def _is_host(module: nn.Module) -> bool:
+    return getattr(type(module), "is_lora_host", False)
+
+
 def walk(model: nn.Module, key: str = "", away: Away | None = None) -> list[Node]:
     """Returns every module of the model once, in the order of `named_modules()`, adapters left out.
 
@@ -104,10 +108,9 @@ def walk(model: nn.Module, key: str = "", away: Away | None = None) -> list[Node
             return
         above.add(ident)
         inherited = away if away is not None and away.hook.place_submodules else None
-        inner = INNER if getattr(type(module), "is_lora_host", False) else None
         start = f"{path}." if path else ""
         for name, child in children.items():
-            if child is not None and name != inner:
+            if child is not None and not (name == INNER and _is_host(module)):
                 visit(child, start + name, f"{key}{name}.", inherited)
         above.discard(ident)
 
@@ -125,11 +128,12 @@ def modules(model: nn.Module) -> Iterator[nn.Module]:
             continue
         seen.add(id(module))
         yield module
-        children = module._modules
-        if children:
-            inner = INNER if getattr(type(module), "is_lora_host", False) else None
-            below = [child for name, child in children.items() if child is not None and name != inner]
-            waiting += below[::-1]
+        below = [
+            child
+            for name, child in module._modules.items()
+            if child is not None and not (name == INNER and _is_host(module))
+        ]
+        waiting += below[::-1]
 
 
 Held = tuple[nn.Module, str, torch.Tensor]
