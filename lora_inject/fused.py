@@ -115,7 +115,7 @@ def _add_to_one(output: Tensor, x: Tensor, scale: float, factors: Factors, trans
     if output.dtype == dtype:
         output.view(-1).addmv_(second, inner, alpha=scale)
     else:
-        output.view(-1).add_(torch.mv(second, inner).to(output.dtype), alpha=scale)
+        output.view(-1).add_(torch.mv(second, inner), alpha=scale)
     return inner.view(1, -1)
 
 

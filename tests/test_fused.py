@@ -72,8 +72,32 @@ def test_gradients_of_every_argument(transposed, ranks, shape):
 
     given = numbers(torch.float64, shape, ranks, transposed=transposed, grad=True)
     assert gradcheck(run, given)
-    if ranks == (2,):
-        assert gradgradcheck(run, given)
+    assert gradgradcheck(run, given)
+
+
+@transposed
+@pytest.mark.parametrize("train_first", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_token_in_half_precision_meets_the_factors_as_they_are(dtype, train_first, transposed):
+    x, weight, _, *factors = numbers(torch.float32, (1, 1, 6), transposed=transposed, grad=True)
+    x = x.detach().to(dtype).requires_grad_(True)
+    zero = torch.zeros_like(weight, dtype=dtype)
+    factors[0].requires_grad_(train_first)
+    found = fused_linear(x, zero, None, (1.5,), factors, transposed=transposed)
+    far, *exact = (t.detach().double().requires_grad_(True) for t in (x, *factors))
+    first, second = exact if transposed else (factor.T for factor in exact)
+    wanted = 1.5 * far @ first @ second
+    # One rounding to half precision, and none of the factors: theirs would add up to several.
+    assert torch.allclose(found.double(), wanted, rtol=torch.finfo(dtype).eps * 0.51, atol=0)
+    with torch.no_grad():
+        assert torch.equal(fused_linear(x, zero, None, (1.5,), factors, transposed=transposed), found)
+    found.double().sum().backward()
+    wanted.sum().backward()
+    leaves, reference = [x, *factors], [far, *exact]
+    for one, other in zip(leaves, reference, strict=True):
+        if one.requires_grad:
+            assert torch.allclose(one.grad.double(), other.grad, rtol=0, atol=0.02 * float(other.grad.abs().max()))
+    assert (factors[0].grad is None) is not train_first
 
 
 @transposed
