@@ -6,6 +6,7 @@ Neither library is imported: a weight of its classes is there only where the lib
 from __future__ import annotations
 
 import abc
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -128,14 +129,20 @@ class Int4(Stored):
         packed, state = self.weight.data, self.state
         library = sys.modules["bitsandbytes.functional"]
         if getattr(state, "packing_format_for_cpu", False):
-            # On some processors bitsandbytes packs the weight anew for its kernels, in the first forward in eval().
+            # On some processors the first forward in eval() packs the weight anew for a kernel. The library's way back
+            # changes the state that it is given, and leaves the scales as that kernel wants them.
+            scales = state.absmax.T.reshape(-1).float()
+            state = copy.copy(state)
+            state.original_nested = False
             packed, state = library._convert_weight_packed_for_cpu_inverse(packed, state)
+            state.absmax = scales
         return library.dequantize_4bit(packed, state).float()  # type: ignore[no-any-return]
 
     def requantized(self, weight: Tensor) -> nn.Parameter:
         old = self.weight
         options = {name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type")}
-        wanted = weight.to(self.state.dtype)
+        packed = getattr(self.state, "packing_format_for_cpu", False)
+        wanted = weight.to(self.state.original_dtype if packed else self.state.dtype)
         made = type(old)(wanted, requires_grad=False, quant_storage=old.quant_storage, module=old.module, **options)
         return made.to(old.device)  # type: ignore[no-any-return]
 

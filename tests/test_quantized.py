@@ -52,6 +52,8 @@ def by_bitsandbytes(kind: type, **options: object) -> Callable[[], nn.Module]:
             old = model.get_submodule(name)
             new = kind(old.in_features, old.out_features, bias=old.bias is not None, **options)
             new.load_state_dict(old.state_dict())
+            # See test_a_weight_packed_for_a_kernel_in_bfloat16_is_read_and_left_as_it_is.
+            new.support_avx512bf16_for_cpu = False
             model.set_submodule(name, new)
         return model.to("cpu").eval()
 
@@ -407,3 +409,35 @@ def test_a_bias_trained_as_a_whole_leaves_the_low_rank_path_on(name, order):
     wanted = wanted + path + p["0.adapters.whole@bias.lora_dense"]
     assert torch.allclose(model[0](x).double(), wanted, rtol=1e-3, atol=1e-3)
     assert path.abs().max() > 0.05
+
+
+@pytest.mark.skipif(not bitsandbytes.functional.has_avx512bf16(), reason="this processor does not multiply bfloat16")
+@pytest.mark.parametrize("name", ["bitsandbytes-nf4", "bitsandbytes-fp4-plain"])
+def test_a_weight_packed_for_a_kernel_in_bfloat16_is_read_and_left_as_it_is(name, tmp_path):
+    model = MAKERS[name]()
+    layers = [model.get_submodule(place) for place in ("0", "2")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+    x = inputs(model)
+    with torch.no_grad():
+        wanted = model(x)
+        assert all(layer.weight.quant_state.packing_format_for_cpu for layer in layers)
+        for place, layer in zip(("0", "2"), layers, strict=True):
+            rows = identity_rows(model, place)
+            assert torch.allclose(stored_weight(layer).dequantized().double(), rows, rtol=2**-7, atol=1e-6)
+        before = bytes_of(model)
+        li.inject(model, ["0", "2"], rank=4, alpha=6, seed=0)
+        assert torch.equal(model(x), wanted)
+        fill(model, size=0.2)
+        adapted = model(x)
+        li.export(model, tmp_path / "a.safetensors")
+        assert torch.equal(model(x), adapted) and not torch.equal(adapted, wanted)
+        li.merge(model, requantize=True)
+        merged = model(x)
+        assert (merged - adapted).norm() < 0.3 * (adapted - wanted).norm()
+        li.unmerge(model)
+        assert torch.equal(model(x), adapted)
+        li.uninject(model)
+        assert torch.equal(model(x), wanted) and bytes_of(model) == before
+        li.load(model, tmp_path / "a.safetensors")
+        assert torch.equal(model(x), adapted)
