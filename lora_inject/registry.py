@@ -20,8 +20,8 @@ PLUGINS = "lora_inject.adapters"
 
 A = TypeVar("A", bound=type[Adapter])
 _classes: tuple[type[Adapter], ...] = ()
-# By base class, held weakly, because parametrize makes a class for each instance.
-_sources: WeakKeyDictionary[type, type[Adapter] | None] = WeakKeyDictionary()
+# What `source_of` found, by base class: held weakly, because parametrize makes a class for each instance.
+_sources: WeakKeyDictionary[type, tuple[type[Adapter] | None]] = WeakKeyDictionary()
 _loading = threading.RLock()
 _loaded = _is_loading = False
 
@@ -119,9 +119,11 @@ def adapter_for_parameter(module: nn.Module, name: str) -> type[Adapter] | None:
 def source_of(base: type) -> type[Adapter] | None:
     """Returns the class that brings further members for hosts of a base class, whichever adapters they carry."""
     classes = registered()
-    if base not in _sources:
-        _sources[base] = next((known for known in classes if known.members(base)), None)
-    return _sources[base]
+    # One look, since another thread may register a class, and so forget all, between two.
+    found = _sources.get(base)
+    if found is None:
+        found = _sources[base] = (next((known for known in classes if known.members(base)), None),)
+    return found[0]
 
 
 def by_kind(kind: object) -> type[Adapter]:
