@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -23,6 +22,9 @@ _quoted = json.encoder.encode_basestring_ascii
 _SITE_KEYS = frozenset(("path", "aliases", "adapter", "options", "tied", *SITE_OPTIONS))
 _ADDED: dict[str, Any] = {"train_a": True, "tied": {}}
 """Keys that files of this version did not have at first, and what a file without one means."""
+
+
+_NONE: dict[str, str] = {}
 
 
 class SiteRecord(NamedTuple):
@@ -45,7 +47,7 @@ class SiteRecord(NamedTuple):
     config: SiteConfig
     extras: Mapping[str, Any]
     base: Mapping[str, Any]
-    tied: Mapping[str, str] = MappingProxyType({})
+    tied: Mapping[str, str] = _NONE
 
     def owner(self, path: str) -> str:
         """Returns the path of the module that a path of this site belongs to: itself, or its parameter's owner."""

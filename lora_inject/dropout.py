@@ -13,6 +13,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def draw(x: Tensor, rate: float) -> Tensor:
     """Returns which elements of x stay (1) and which are dropped (0): uint8 in eight rows, one after the other.
 
+    Up to seven further numbers at the end of the last row mean nothing.
     Drawn from the default generator of x's device, whose state gradient checkpointing puts back. An element's random
     number is a byte of its own, eight from one draw; the byte below which it is dropped is one of two neighbours, drawn
     for all tokens of a feature. So the rate is the asked one exactly, at half the cost of sixteen bits each. The
@@ -37,6 +38,7 @@ def draw(x: Tensor, rate: float) -> Tensor:
 
 def pack(rows: Tensor) -> Tensor:
     """Returns the eight rows in the bits of one."""
+    # What means nothing is in the last row, so that it can overflow into nothing else.
     return (rows << _shifts(rows)).sum(0, dtype=torch.uint8)
 
 
@@ -60,9 +62,15 @@ def _shaped(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def keep(x: Tensor, mask: Tensor) -> Tensor:
-    """Returns x where the mask is 1, and 0 where it is 0; numbers of one size."""
-    if torch.is_grad_enabled():
-        # A derivative of the backward pass is wanted.
-        return x * mask.to(x.dtype)
+    """Returns x where the mask is 1, and 0 where it is 0, whatever x is there."""
+    if torch.is_grad_enabled() or _is_batched(x):
+        # A derivative of the backward pass is wanted, or many passes at once.
+        return torch.where(mask.bool(), x, 0)
     # Integers are what a CPU multiplies fastest.
-    return x.view(mask.dtype).mul(mask).view(x.dtype)
+    return x.resolve_neg().view(mask.dtype).mul(mask).view(x.dtype)
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Says whether vmap runs: that of torch.func, or that of `autograd.grad(is_grads_batched=True)`."""
+    functorch = torch._C._functorch
+    return functorch.peek_interpreter_stack() is not None or functorch.is_legacy_batchedtensor(x)

@@ -21,7 +21,8 @@ _HALF_OR_SINGLE = (torch.float32, *_HALF)
 def can_fuse(x: Any, weight: Any, bias: Any) -> bool:
     """Says whether the fused path computes what the plain one does: plain tensors, one dtype, no transform around.
 
-    The compiler fuses the plain path by itself; functorch's transforms and forward-mode derivatives need its parts.
+    The compiler fuses the plain path by itself; functorch's transforms and forward-mode derivatives need its parts, and
+    so do dispatch modes: selective checkpointing keeps products, which must not be added to afterwards.
     """
     if type(x) not in _PLAIN or type(weight) not in _PLAIN or torch.compiler.is_compiling():
         return False
@@ -34,8 +35,10 @@ def can_fuse(x: Any, weight: Any, bias: Any) -> bool:
     elif x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         # The base's own error is wanted.
         return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0:
+        return False
     # No shape can be inferred from no numbers.
-    return weight.numel() > 0 and torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
+    return weight.numel() > 0 and forward_ad._current_level < 0
 
 
 def _under_autocast(x: Tensor) -> bool:
@@ -56,7 +59,8 @@ def fused_linear(
     """Returns x W^T + b + sum of scale * (x A^T) B^T, accumulated in one output.
 
     Args:
-        x: input (..., in) in the dtype of the arithmetic; A and B are cast to it, or one token to A's if that is wider.
+        x: input (..., in) in the dtype of the arithmetic; A and B are cast to it, or one token to theirs where that is
+            wider.
         weight: W (out, in), or (in, out) if transposed.
         bias: b (out), or None.
         scales: one factor per adapter.
@@ -89,7 +93,7 @@ def _output(
     if transposed:
         flat = x.reshape(-1, x.shape[-1])
         output = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-        output = output.view(*x.shape[:-1], -1)
+        output = output.view(*x.shape[:-1], weight.shape[1])
     else:
         # In the input's own shape, by which torch picks the kernel: the base's bits must be the base's.
         output = F.linear(x, weight, bias)
@@ -121,8 +125,8 @@ def _add_to_one(output: Tensor, x: Tensor, scale: float, factors: Factors, trans
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """Returns scale * left @ right."""
-    # With beta=0 the first argument gives nothing but its number of columns.
-    return left @ right if scale == 1 else torch.addmm(right[:1], left, right, beta=0, alpha=scale)
+    # With beta=0 the first argument is ignored.
+    return left @ right if scale == 1 else torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
 def _add_product(output: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:

@@ -128,9 +128,8 @@ class Int4(Stored):
     def dequantized(self) -> Tensor:
         packed, state = self.weight.data, self.state
         library = sys.modules["bitsandbytes.functional"]
-        if getattr(state, "packing_format_for_cpu", False):
-            # On some processors the first forward in eval() packs the weight anew for a kernel. The library's way back
-            # changes the state that it is given, and leaves the scales as that kernel wants them.
+        if _repacked(self.weight):
+            # The library's way back changes the state that it is given, and leaves the scales as its kernel wants them.
             scales = state.absmax.T.reshape(-1).float()
             state = copy.copy(state)
             state.original_nested = False
@@ -141,8 +140,7 @@ class Int4(Stored):
     def requantized(self, weight: Tensor) -> nn.Parameter:
         old = self.weight
         options = {name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type")}
-        packed = getattr(self.state, "packing_format_for_cpu", False)
-        wanted = weight.to(self.state.original_dtype if packed else self.state.dtype)
+        wanted = weight.to(self.state.original_dtype if _repacked(old) else self.state.dtype)
         made = type(old)(wanted, requires_grad=False, quant_storage=old.quant_storage, module=old.module, **options)
         return made.to(old.device)  # type: ignore[no-any-return]
 
@@ -178,5 +176,14 @@ def quantized_format(weight: Any) -> str | None:
     library, name = type(weight).__module__.partition(".")[0], type(weight).__name__
     if library == "torchao" and hasattr(weight, "dequantize"):
         return name
-    is_packed = library == "bitsandbytes" and weight.dtype in (torch.int8, weight.__dict__.get("quant_storage"))
+    codes = (torch.int8, weight.__dict__.get("quant_storage"), torch.uint8 if _repacked(weight) else None)
+    is_packed = library == "bitsandbytes" and weight.dtype in codes
     return name if is_packed and name in _BITSANDBYTES else None
+
+
+def _repacked(weight: Any) -> bool:
+    """Says whether bitsandbytes has packed a 4-bit weight anew, in bytes whatever it was stored in.
+
+    On some processors the first forward in eval() does so, for a kernel in bfloat16.
+    """
+    return getattr(weight.__dict__.get("quant_state"), "packing_format_for_cpu", False)

@@ -110,6 +110,18 @@ def held_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
             yield from module._modules[INNER].named()  # type: ignore[union-attr, operator]
 
 
+def named(model: nn.Module, names: tuple[str, ...]) -> list[Adapter]:
+    """Returns the adapters of these names.
+
+    Raises:
+        StateError: as `pick` does.
+    """
+    held = [(name, adapter) for name, adapter in held_adapters(model) if name in names]
+    if not {name for name, _ in held}.issuperset(names):
+        pick(model, names)
+    return [adapter for _, adapter in held]
+
+
 def chosen(nodes: Sequence[Node], names: tuple[str, ...]) -> list[AdapterRef]:
     """Returns the adapters of the given names in the modules of a walk, or all where none is given.
 

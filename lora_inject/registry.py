@@ -20,8 +20,9 @@ PLUGINS = "lora_inject.adapters"
 
 A = TypeVar("A", bound=type[Adapter])
 _classes: tuple[type[Adapter], ...] = ()
-# What `source_of` found, by base class: held weakly, because parametrize makes a class for each instance.
-_sources: WeakKeyDictionary[type, tuple[type[Adapter] | None]] = WeakKeyDictionary()
+# What was registered, and what `source_of` found then, by base class: held weakly, because parametrize makes a class
+# for each instance.
+_sources: WeakKeyDictionary[type, tuple[tuple[type[Adapter], ...], type[Adapter] | None]] = WeakKeyDictionary()
 _loading = threading.RLock()
 _loaded = _is_loading = False
 
@@ -41,14 +42,9 @@ def register(adapter_class: A) -> A:
         raise ConfigError(f"register: {adapter_class.__name__} does not define {', '.join(missing)}")
     if not isinstance(getattr(adapter_class, "kind", None), str):
         raise ConfigError(f'register: {adapter_class.__name__} needs a name for files and tables: kind = "..."')
-    _set((adapter_class, *(known for known in _classes if known.kind != adapter_class.kind)))
-    return adapter_class
-
-
-def _set(classes: tuple[type[Adapter], ...]) -> None:
     global _classes
-    _classes = classes
-    _sources.clear()
+    _classes = (adapter_class, *(known for known in _classes if known.kind != adapter_class.kind))
+    return adapter_class
 
 
 def registered() -> tuple[type[Adapter], ...]:
@@ -64,7 +60,7 @@ def registered() -> tuple[type[Adapter], ...]:
 
 def _load_once() -> None:
     """Loads the plug-ins while other threads wait; later calls take no lock, which an interrupt could leave closed."""
-    global _loaded, _is_loading
+    global _classes, _loaded, _is_loading
     with _loading:
         # A plug-in may plan while it is imported.
         if _loaded or _is_loading:
@@ -74,13 +70,14 @@ def _load_once() -> None:
             _load_plugins()
             _loaded = True
         except BaseException:
-            _set(before)
+            _classes = before
             raise
         finally:
             _is_loading = False
 
 
 def _load_plugins() -> None:
+    global _classes
     built_in = f"{__package__}.adapters."
     first = [known for known in _classes if not known.__module__.startswith(built_in)]
     for entry in entry_points(group=PLUGINS):
@@ -92,7 +89,7 @@ def _load_plugins() -> None:
                 "Update or uninstall that package"
             ) from error
     taken = {known.kind for known in first}
-    _set((*first, *(known for known in _classes if known.kind not in taken)))
+    _classes = (*first, *(known for known in _classes if known.kind not in taken))
 
 
 def _label(entry: EntryPoint) -> str:
@@ -119,11 +116,11 @@ def adapter_for_parameter(module: nn.Module, name: str) -> type[Adapter] | None:
 def source_of(base: type) -> type[Adapter] | None:
     """Returns the class that brings further members for hosts of a base class, whichever adapters they carry."""
     classes = registered()
-    # One look, since another thread may register a class, and so forget all, between two.
+    # Kept with what was registered then, since another thread may register a class between any two lines.
     found = _sources.get(base)
-    if found is None:
-        found = _sources[base] = (next((known for known in classes if known.members(base)), None),)
-    return found[0]
+    if found is None or found[0] is not classes:
+        found = _sources[base] = classes, next((known for known in classes if known.members(base)), None)
+    return found[1]
 
 
 def by_kind(kind: object) -> type[Adapter]:

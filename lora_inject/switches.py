@@ -16,7 +16,7 @@ from .errors import StateError
 from .host import Host
 from .merge import merged_hosts
 from .merging import merge_again, unmerge_host
-from .refs import adapters, held_adapters, pick
+from .refs import adapters, held_adapters, named, pick
 from .ties import Ties, find_ties
 
 
@@ -37,7 +37,7 @@ def disabled(model: nn.Module, *names: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def _disabled(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
-    covered = _named(model, names)
+    covered = named(model, names)
     hosts = merged_hosts(model) if any(adapter.merged for adapter in covered) else {}
     before = {path: host.adapters.merged_names() for path, host in hosts.items()}
     merged = {path: host for path, host in hosts.items() if not set(names).isdisjoint(before[path])}
@@ -94,7 +94,7 @@ def scaled(model: nn.Module, factor: float, *names: str) -> AbstractContextManag
 
 @contextmanager
 def _scaled(model: nn.Module, factor: float, names: tuple[str, ...]) -> Iterator[None]:
-    covered = _named(model, names)
+    covered = named(model, names)
     for adapter in covered:
         if adapter.merged:
             raise StateError(f"{_label(model, adapter)} is merged and cannot be scaled: unmerge(model) first")
@@ -108,10 +108,6 @@ def _scaled(model: nn.Module, factor: float, names: tuple[str, ...]) -> Iterator
         for adapter, old in before:
             adapter.factor = old
             adapter.scalings -= 1
-
-
-def _named(model: nn.Module, names: tuple[str, ...]) -> list[Adapter]:
-    return [adapter for name, adapter in held_adapters(model) if name in names]
 
 
 def _label(model: nn.Module, adapter: Adapter) -> str:

@@ -119,11 +119,13 @@ def walk(model: nn.Module, key: str = "", away: Away | None = None) -> list[Node
 
 
 def modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Yields the modules of a walk without what it knows of them, which takes most of its time."""
+    """Yields the modules of a walk, in its order, without what it knows of them, which takes most of its time."""
     seen: set[int] = set()
     waiting = [model]
     while waiting:
         module = waiting.pop()
+        if module._modules:
+            module, _ = _unwrap(module, "")
         if id(module) in seen:
             continue
         seen.add(id(module))

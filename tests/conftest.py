@@ -22,8 +22,7 @@ def clean_registry():
     """Lets a test register adapter classes without leaving them to the next one."""
     before, loaded = registry._classes, registry._loaded
     yield
-    registry._set(before)
-    registry._loaded = loaded
+    registry._classes, registry._loaded = before, loaded
 
 
 @pytest.fixture

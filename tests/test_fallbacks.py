@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
 
 import lora_inject as li
@@ -55,6 +56,10 @@ def patched(layer: nn.Module) -> None:
     layer.forward = lambda x: F.linear(x, layer.weight, layer.bias)
 
 
+def unbiased(layer: nn.Module) -> None:
+    layer.bias = None
+
+
 def marked(layer: nn.Module) -> None:
     weight = layer.weight.detach().as_subclass(Marked)
     layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
@@ -65,7 +70,7 @@ def reference(layer: nn.Module, x: Tensor, masks: list[Tensor]) -> tuple[Tensor,
     copies = {key: p.detach().double().as_subclass(Tensor) for key, p in layer.state_dict().items()}
     x = x.detach().double().requires_grad_(True)
     weight = copies.get("weight", copies.get("parametrizations.weight.original"))
-    out = x @ (weight if isinstance(layer, Conv1D) else weight.T) + copies["bias"]
+    out = x @ (weight if isinstance(layer, Conv1D) else weight.T) + copies.get("bias", 0)
     leaves = [x]
     for (name, adapter), mask in zip(layer.adapters.items(), masks, strict=True):
         p = {k: copies[f"adapters.{name}.{k}"].requires_grad_(True) for k in adapter._parameters}
@@ -100,6 +105,12 @@ def one_rank(layer, x):
     return layer(DTensor.from_local(x, mesh, [Replicate()])).to_local()
 
 
+def selectively(layer, x):
+    """Checkpoints the layer, its matrix products kept."""
+    keep = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    return checkpoint(layer, x, use_reentrant=False, context_fn=keep)
+
+
 def compiled(layer, x):
     torch._dynamo.reset()
     return torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
@@ -128,6 +139,9 @@ CASES = {
     "a weight or input that is a DTensor": ("parts", made, one_rank, torch.float32),
     "`torch.compile`": ("parts", made, compiled, torch.float32),
     "`torch.func`: vmap, grad, jvp": ("parts", made, lambda layer, x: torch.func.vmap(layer)(x), torch.float32),
+    "a dispatch mode (selective checkpointing, counters of operations)": (
+        *("parts", lambda: made(before=unbiased), selectively, torch.float32),
+    ),
     "a subclass with a `forward` of its own": ("weight", lambda: made(Own), plainly, torch.float32),
     "a `forward` set on the instance": ("weight", lambda: made(before=patched), plainly, torch.float32),
     "a weight that is computed (parametrized)": (

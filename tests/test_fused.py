@@ -101,6 +101,33 @@ def test_one_token_in_half_precision_meets_the_factors_as_they_are(dtype, train_
 
 
 @transposed
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("scales", [(1.5,), (1.0,), (1.5, 0.5)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_token_at_all_gives_zero_gradients(dtype, scales, dropout, transposed):
+    ranks = (2,) * len(scales)
+    x, weight, bias, *factors = numbers(dtype, (2, 0, 6), ranks, transposed=transposed, grad=True)
+    rate = dropout if len(scales) == 1 else 0.0
+    fused_linear(x, weight, bias, scales, factors, transposed=transposed, dropout=rate).sum().backward()
+    for tensor in (x, weight, bias, *factors):
+        assert tensor.grad.shape == tensor.shape and not tensor.grad.any()
+
+
+@transposed
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_many_backward_passes_at_once(transposed):
+    x, weight, bias, *factors = numbers(torch.float64, (5, 6), transposed=transposed, grad=True)
+    out = fused_linear(x, weight, bias, (1.5,), factors, transposed=transposed, dropout=0.4)
+    leaves, directions = [x, *factors], torch.randn(3, 5, 4, dtype=torch.float64)
+    found = torch.autograd.grad(out, leaves, directions, is_grads_batched=True, retain_graph=True)
+    mapped = torch.func.vmap(lambda one: torch.autograd.grad(out, leaves, one, retain_graph=True))(directions)
+    for i, direction in enumerate(directions):
+        wanted = torch.autograd.grad(out, leaves, direction, retain_graph=True)
+        for batch, other, one in zip(found, mapped, wanted, strict=True):
+            assert torch.allclose(batch[i], one) and torch.allclose(other[i], one)
+
+
+@transposed
 def test_gradients_with_dropout(transposed):
     def run(*given):
         torch.manual_seed(4)

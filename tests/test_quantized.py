@@ -412,9 +412,10 @@ def test_a_bias_trained_as_a_whole_leaves_the_low_rank_path_on(name, order):
 
 
 @pytest.mark.skipif(not bitsandbytes.functional.has_avx512bf16(), reason="this processor does not multiply bfloat16")
-@pytest.mark.parametrize("name", ["bitsandbytes-nf4", "bitsandbytes-fp4-plain"])
+@pytest.mark.parametrize("name", ["bitsandbytes-nf4", "bitsandbytes-fp4-plain", "stored as bfloat16"])
 def test_a_weight_packed_for_a_kernel_in_bfloat16_is_read_and_left_as_it_is(name, tmp_path):
-    model = MAKERS[name]()
+    stored = by_bitsandbytes(bitsandbytes.nn.Linear4bit, quant_storage=torch.bfloat16, **FOUR)
+    model = MAKERS.get(name, stored)()
     layers = [model.get_submodule(place) for place in ("0", "2")]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = True

@@ -110,6 +110,14 @@ def test_an_unknown_name_switches_nothing(layer):
     assert acts(layer, 1, 1)
 
 
+def test_a_name_that_went_between_the_call_and_the_block_is_an_error_too(layer):
+    contexts = [li.disabled(layer, "a"), li.scaled(layer, 2.0, "a")]
+    li.uninject(layer, "a")
+    for context in contexts:
+        with pytest.raises(li.StateError, match="'a'"), context:
+            pass
+
+
 def test_switched_off_adapters_get_no_gradient_and_scaled_ones_get_theirs(layer):
     with li.disabled(layer, "a"), li.scaled(layer, 3.0, "b"):
         layer(X).sum().backward()
