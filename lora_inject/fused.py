@@ -211,7 +211,7 @@ class _Fused(torch.autograd.Function):
                 met = cast(flat if mask is None else keep(flat, mask), low)
                 first_grad = inner_grad.t() @ met
                 inner = F.linear(met, first) if inner is None else inner
-            second_grad = _product(cast(inner, low).t(), low_grad, scale)
+            second_grad = _product(low_grad.t(), cast(inner, low), scale)
             factor_grads = unstacked(first_grad, second_grad, factors, scales, transposed)
         if wants[0]:
             x_grad = cast(inner_grad @ first, ctx.dtype)

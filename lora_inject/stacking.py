@@ -35,7 +35,7 @@ def unstacked(
 
     Args:
         first: gradient of the stacked first factors (summed rank, in), or None.
-        second: gradient of the stacked second factors, transposed (summed rank, out), without several scales.
+        second: gradient of the stacked second factors (out, summed rank), without several scales.
         factors: A and B of each adapter.
         scales: one for each adapter.
         transposed: whether the layer is a transposed one.
@@ -44,12 +44,11 @@ def unstacked(
     if len(scales) > 1:
         ranks = [factor.shape[1 if transposed else 0] for factor in factors[0::2]]
         firsts = [None] * len(ranks) if first is None else torch.split(first, ranks)
-        seconds = [part * scale for part, scale in zip(torch.split(second, ranks), scales, strict=True)]
+        seconds = [part * scale for part, scale in zip(torch.split(second, ranks, dim=1), scales, strict=True)]
         gradients = [one for pair in zip(firsts, seconds, strict=True) for one in pair]
-    turned = (transposed, not transposed) * len(scales)
     return [
-        None if gradient is None else _as_factor(gradient.t() if turn else gradient, factor.dtype)
-        for gradient, turn, factor in zip(gradients, turned, factors, strict=True)
+        None if gradient is None else _as_factor(gradient.t() if transposed else gradient, factor.dtype)
+        for gradient, factor in zip(gradients, factors, strict=True)
     ]
 
 
