@@ -20,6 +20,7 @@ from .offload import guard, release
 from .plan import Plan, plan_nodes
 from .refs import AdapterRef, adapters, by_host, chosen
 from .sites import Site
+from .slots import slot
 from .swap import attach, class_for, detach, restorer
 from .ties import Ties, find_ties, share
 from .tree import Node, walk
@@ -164,8 +165,7 @@ def uninject(model: nn.Module, name: str | None = None, *, keep_merged: bool = F
         _settle(hosts, keep_merged, ties, undo)
         for group in by_host(refs):
             undo(restorer(group[0].module))
-        for ref in refs:
-            detach(ref.module, ref.name, ref.adapter.parameter)
+            detach(group[0].module, [slot(ref.name, ref.adapter.parameter) for ref in group])
         if not any(is_host(node.module) for node in nodes):
             for hook in _offloading(nodes):
                 undo(partial(guard, hook))

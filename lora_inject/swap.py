@@ -85,21 +85,21 @@ def attach(module: nn.Module, name: str, adapter: Adapter) -> None:
         module.__dict__[called] = types.MethodType(OutputHost.forward, module)
 
 
-def detach(module: nn.Module, name: str, parameter: str | None = None) -> Adapter:
-    """Takes one adapter out and returns it with its weights; the last one out gives the module its class back."""
+def detach(module: nn.Module, slots: Iterable[str]) -> None:
+    """Takes the adapters in these slots out; the last one out gives the module its class back."""
     inner: Any = module._modules[INNER]
-    adapter: Adapter = inner._modules.pop(slot(name, parameter))
+    for key in slots:
+        del inner._modules[key]
     if inner._modules:
         _swap(module, _class_without(module, inner._modules.values()))  # type: ignore[arg-type]
         drop_stale_forward(module)
-        return adapter
+        return
     source = module.lora_source
     _swap(module, base_class(module))
     del module._modules[INNER]
     drop_stale_forward(module)
     if source is not None:
         source.settle(module)  # type: ignore[union-attr, operator]
-    return adapter
 
 
 def drop_stale_forward(module: nn.Module) -> None:
