@@ -177,7 +177,7 @@ class _Fused(torch.autograd.Function):
         saved = inner.detach() if narrow or dropout else None
         bits = pack(drawn) if drawn is not None and (wants[0] or not narrow) else None
         ctx.save_for_backward(None if narrow else x, saved, bits, weight, *factors)
-        ctx.narrow, ctx.shape, ctx.dtype = narrow, x.shape, x.dtype
+        ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.options = scales, transposed, dropout, _low_rank_dtype(x)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
