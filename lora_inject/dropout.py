@@ -13,10 +13,11 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def draw(x: Tensor, rate: float) -> Tensor:
     """Returns which elements of x stay (1) and which are dropped (0): uint8 in eight rows, one after the other.
 
-    Up to seven further numbers at the end mean nothing. Drawn from the default generator of x's device, whose state gradient checkpointing puts back. An element's random
-    number is a byte of its own, eight from one draw; the byte below which it is dropped is one of two neighbours, drawn
-    for all tokens of a feature. So the rate is the asked one exactly, at half the cost of sixteen bits each. The
-    covariance of two tokens that the shared bound makes is below 4e-6.
+    Up to seven further numbers at the end mean nothing. Drawn from the default generator of x's device, whose state
+    gradient checkpointing puts back. An element's random number is a byte of its own, eight from one draw; the byte
+    below which it is dropped is one of two neighbours, drawn for all tokens of a feature. So the rate is the asked one
+    exactly, at half the cost of sixteen bits each. The covariance of two tokens that the shared bound makes is below
+    4e-6.
 
     Args:
         x: input (tokens, features).
