@@ -130,6 +130,8 @@ def measure(options: Namespace, dtype: torch.dtype, rank: int, dropout: float) -
     else:
         memory = {name: kept(model, ids) for name, model in held.items()}
     if options.compile:
+        # Each case is a program of its own, and torch gives up on code that it has compiled too often.
+        torch._dynamo.reset()
         for model in held.values():
             model.compile(fullgraph=True)
     runs = {name: (lambda m=model: step(m, ids)) for name, model in held.items()}
