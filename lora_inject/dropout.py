@@ -62,12 +62,24 @@ def _shaped(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def keep(x: Tensor, mask: Tensor) -> Tensor:
-    """Returns x where the mask is 1, and 0 where it is 0, whatever x is there."""
-    if torch.is_grad_enabled() or _is_batched(x):
-        # A derivative of the backward pass is wanted, or many passes at once.
+    """Returns x where the mask is 1, and 0 where it is 0, whatever x is there; takes the mask's memory for it."""
+    if _needs_parts(x):
         return torch.where(mask.bool(), x, 0)
     # Integers are what a CPU multiplies fastest.
-    return x.resolve_neg().view(mask.dtype).mul(mask).view(x.dtype)
+    return mask.mul_(x.resolve_neg().view(mask.dtype)).view(x.dtype)
+
+
+def keep_(x: Tensor, mask: Tensor) -> Tensor:
+    """Returns what `keep` does, in x's memory where that can be; the mask stays."""
+    if _needs_parts(x):
+        return torch.where(mask.bool(), x, 0)
+    x.view(mask.dtype).mul_(mask)
+    return x
+
+
+def _needs_parts(x: Tensor) -> bool:
+    """Says whether a derivative of the backward pass is wanted, or many passes run at once."""
+    return torch.is_grad_enabled() or _is_batched(x)
 
 
 def _is_batched(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .dropout import draw, keep, mask_of, pack, unpack
+from .dropout import draw, keep, keep_, mask_of, pack, unpack
 from .stacking import Factors, cast, stacked, unstacked
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -205,6 +205,9 @@ class _Fused(torch.autograd.Function):
             flat = x.reshape(-1, x.shape[-1])
         mask = None if bits is None else unpack(bits, ctx.dtype, (len(grad), ctx.shape[-1]))
         # The large product comes last, since it drives the gradient and the input out of the processor's caches.
+        if wants[0]:
+            x_grad = cast(inner_grad @ first, ctx.dtype)
+            x_grad = x_grad if mask is None else keep_(x_grad, mask)
         if any(wants[6:]):
             first_grad = None
             if flat is not None:
@@ -213,10 +216,8 @@ class _Fused(torch.autograd.Function):
                 inner = F.linear(met, first) if inner is None else inner
             second_grad = _product(low_grad.t(), cast(inner, low), scale)
             factor_grads = unstacked(first_grad, second_grad, factors, scales, transposed)
-        if wants[0]:
-            x_grad = cast(inner_grad @ first, ctx.dtype)
-            x_grad = x_grad if mask is None else keep(x_grad, mask)
-            # The large product adds itself to the small one, so that no pass over their sum is needed.
+        if x_grad is not None:
+            # It adds itself to the small one, so that no pass over their sum is needed.
             x_grad = x_grad.addmm_(grad, cast(weight.t() if transposed else weight, ctx.dtype)).view(ctx.shape)
         if wants[1]:
             assert flat is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_inject.dropout import draw, keep, mask_of, pack, unpack
+from lora_inject.dropout import draw, keep, keep_, mask_of, pack, unpack
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -30,8 +30,8 @@ def test_what_stays_keeps_its_bits_and_what_is_dropped_is_zero_whatever_it_was(d
     mask = mask_of(draw(odd, 0.5), odd)
     leaf = odd.clone().requires_grad_(True)
     with torch.no_grad():
-        quick = keep(odd, mask)
-    for kept in (quick, keep(leaf, mask)):
+        quick = [keep(odd, mask.clone()), keep_(odd.clone(), mask)]
+    for kept in (*quick, keep_(leaf, mask), keep(leaf, mask)):
         bits, found = (t.detach().view(mask.dtype) for t in (odd, kept))
         assert torch.equal(found[mask == 1], bits[mask == 1])
         assert (found[mask == 0] == 0).all() and 60 < (mask == 0).sum() < 180
@@ -44,7 +44,8 @@ def test_a_number_whose_sign_is_yet_to_be_changed():
     assert x.is_neg()
     mask = mask_of(draw(x, 0.5), x)
     with torch.no_grad():
-        assert torch.equal(keep(x, mask), torch.where(mask == 1, x.resolve_neg(), torch.zeros(())))
+        wanted = torch.where(mask == 1, x.resolve_neg(), torch.zeros(()))
+        assert torch.equal(keep(x, mask), wanted)
 
 
 def test_the_mask_follows_the_generator_and_every_call_draws_another():
