@@ -46,14 +46,19 @@ def timed(run: Callable[[], object], device: str = "cpu", clock: Callable[[], fl
 def rounds(
     runs: Mapping[str, Callable[[], object]], count: int, device: str = "cpu", warm: int = 1
 ) -> dict[str, list[float]]:
-    """Returns the seconds of each run in each round; the runs take turns, so that a busy moment hits all alike."""
+    """Returns the seconds of each run in each round.
+
+    The runs take turns, so that a busy moment hits all alike, and another begins each round, so that none always
+    follows the same one, whose caches and memory it finds.
+    """
     for _ in range(warm):
         for run in runs.values():
             run()
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(count):
-        for name, run in runs.items():
-            found[name].append(timed(run, device))
+    names = list(runs)
+    for turn in range(count):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            found[name].append(timed(runs[name], device))
     return found
 
 

@@ -162,7 +162,7 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     made.add_argument("--compile", action="store_true", help="under torch.compile, without graph breaks")
-    made.add_argument("--rounds", type=int, default=15)
+    made.add_argument("--rounds", type=int, default=40)
     options = made.parse_args()
     torch.set_num_threads(options.threads)
     memory = "peak above held" if options.device == "cuda" else "kept"
