@@ -7,7 +7,7 @@ and B among the weights that it had put away.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,12 @@ def release(hook: Any) -> None:
     for name in _GUARDED:
         if _is_guarded(hook, name):
             del hook.__dict__[name]
+
+
+def hooks_on(modules: Iterable[nn.Module]) -> list[Any]:
+    """Returns the offloading hooks that sit on these modules, each once."""
+    hooked = (module.__dict__[_HOOK] for module in modules if _HOOK in module.__dict__)
+    return list({id(one): one for hook in hooked for one in offloading(hook)}.values())
 
 
 def _is_guarded(hook: Any, name: str) -> bool:

@@ -110,6 +110,11 @@ def held_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
             yield from module._modules[INNER].named()  # type: ignore[union-attr, operator]
 
 
+def slots_of(module: nn.Module, names: tuple[str, ...]) -> list[str]:
+    """Returns the slots of a module's adapters of these names, or of all where none is given; none if it is no host."""
+    return module._modules[INNER].slots(names) if isinstance(module, Host) else []  # type: ignore[union-attr, operator]
+
+
 def named(model: nn.Module, names: tuple[str, ...]) -> list[Adapter]:
     """Returns the adapters of these names.
 

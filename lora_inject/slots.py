@@ -43,6 +43,10 @@ class Adapters(nn.ModuleDict):
         for key, adapter in self._modules.items():
             yield key.partition("@")[0], adapter
 
+    def slots(self, names: Collection[str]) -> list[str]:
+        """Returns the slots of the adapters of these names, or all where none is given."""
+        return [key for key in self._modules if not names or key.partition("@")[0] in names]
+
     def of(self, names: Collection[str]) -> list[Any]:
         """Returns the adapters of these names."""
         return [adapter for name, adapter in self.named() if name in names]

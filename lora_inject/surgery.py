@@ -14,19 +14,16 @@ from .adapter import Adapter
 from .bulk import uncollected
 from .commit import Undo, all_or_nothing
 from .errors import StateError, UnsupportedError
-from .host import beside, is_host, is_outermost
+from .freezing import adopt, freeze, thaw
+from .host import is_host, is_outermost
 from .merging import bake_host, merge_again, unmerge_host
-from .offload import guard, release
+from .offload import guard, hooks_on, release
 from .plan import Plan, plan_nodes
-from .refs import AdapterRef, adapters, by_host, chosen
+from .refs import AdapterRef, adapters, by_host, chosen, pick, slots_of
 from .sites import Site
-from .slots import slot
 from .swap import attach, class_for, detach, restorer
 from .ties import Ties, find_ties, share
-from .tree import Node, walk
-
-FROZEN = "_lora_inject_frozen"
-"""Attribute of a module that names its parameters that trained before the injection."""
+from .tree import INNER, Node, modules, walk
 
 
 @uncollected()
@@ -101,43 +98,12 @@ def insert(nodes: list[Node], planned: Plan, built: list[Adapter]) -> None:
         for site, adapter in zip(planned, built, strict=True):
             undo(restorer(site.module))
             attach(site.module, planned.name, adapter)
-        for hook in _offloading(nodes):
+        everything = [node.module for node in nodes]
+        for hook in hooks_on(everything):
             undo(partial(release, hook))
             guard(hook)
         if planned.injection.freeze:
-            _freeze(nodes, undo)
-
-
-def _offloading(nodes: list[Node]) -> list[Any]:
-    hooks = (node.away.hook for node in nodes if node.away is not None)
-    return list({id(hook): hook for hook in hooks}.values())
-
-
-def _freeze(nodes: list[Node], undo: Undo) -> None:
-    # Looked up for all before the first is frozen: a tied parameter is marked in each of its modules.
-    trained = [(node.module, _training(node.module)) for node in nodes]
-    for module, names in trained:
-        if names:
-            known = module.__dict__.get(FROZEN, ())
-            undo(partial(_thaw, module, names, known))
-            module.__dict__[FROZEN] = tuple(dict.fromkeys((*known, *names)))
-            for name in names:
-                module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
-
-
-def _training(module: nn.Module) -> list[str]:
-    return [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
-
-
-def _thaw(module: nn.Module, names: list[str] | tuple[str, ...], mark: tuple[str, ...] = ()) -> None:
-    for name in names:
-        parameter = module._parameters.get(name)
-        if parameter is not None:
-            parameter.requires_grad_(True)
-    if mark:
-        module.__dict__[FROZEN] = mark
-    else:
-        module.__dict__.pop(FROZEN, None)
+            freeze(everything, undo)
 
 
 @uncollected()
@@ -155,22 +121,34 @@ def uninject(model: nn.Module, name: str | None = None, *, keep_merged: bool = F
     Raises:
         StateError: no such adapter; `keep_merged` without a merge; or a class that was changed after the injection.
     """
-    nodes = walk(model)
-    refs = chosen(nodes, () if name is None else (name,))
-    _check_removable(refs, keep_merged)
-    names = tuple(dict.fromkeys(ref.name for ref in refs))
-    ties = find_ties(model) if any(ref.adapter.merged for ref in refs) else Ties()
-    hosts = _leaving(model, refs, names, ties)
+    names = () if name is None else (name,)
+    everything = list(modules(model))
+    hosts = [(module, slots) for module in everything if (slots := slots_of(module, names))]
+    if not hosts:
+        pick(model, names)
+    ties, merged = Ties(), []
+    # Paths are looked up where they are needed: for thousands of hosts that takes as long as taking adapters out.
+    if keep_merged or not all(_is_plain(module, slots) for module, slots in hosts):
+        refs = chosen(walk(model), names)
+        _check_removable(refs, keep_merged)
+        ties = find_ties(model)
+        merged = _leaving(model, refs, ties)
     with all_or_nothing() as undo:
-        _settle(hosts, keep_merged, ties, undo)
-        for group in by_host(refs):
-            undo(restorer(group[0].module))
-            detach(group[0].module, [slot(ref.name, ref.adapter.parameter) for ref in group])
-        if not any(is_host(node.module) for node in nodes):
-            for hook in _offloading(nodes):
+        _settle(merged, keep_merged, ties, undo)
+        for module, slots in hosts:
+            undo(restorer(module))
+            detach(module, slots)
+        if not any(is_host(module) for module in everything):
+            for hook in hooks_on(everything):
                 undo(partial(guard, hook))
                 release(hook)
-            _thaw_all(nodes, undo)
+            thaw(everything, undo)
+
+
+def _is_plain(host: Any, slots: list[str]) -> bool:
+    """Says whether taking these adapters out is nothing but taking them out."""
+    held = host._modules[INNER]._modules
+    return is_outermost(host) and not any(held[key].merged for key in slots)
 
 
 def _check_removable(refs: list[AdapterRef], keep_merged: bool) -> None:
@@ -197,11 +175,9 @@ class _Leaving:
     staying: list[str]
 
 
-def _leaving(model: nn.Module, refs: list[AdapterRef], names: tuple[str, ...], ties: Ties) -> list[_Leaving]:
-    changed = [ref.module for ref in refs if ref.adapter.merged]
-    if not changed:
-        return []
-    circle = ties.circle(changed)
+def _leaving(model: nn.Module, refs: list[AdapterRef], ties: Ties) -> list[_Leaving]:
+    names = {ref.name for ref in refs}
+    circle = ties.circle([ref.module for ref in refs if ref.adapter.merged])
     found = []
     for group in by_host(adapters(model)):
         host: Any = group[0].module
@@ -221,30 +197,5 @@ def _settle(hosts: list[_Leaving], keep: bool, ties: Ties, undo: Undo) -> None:
             [(one.host, one.path, [n for n in one.merged if n not in one.staying]) for one in again], ties, undo
         )
         for one in hosts:
-            _adopt(one.host, bake_host(one.host, undo), undo)
+            adopt(one.host, bake_host(one.host, undo), undo)
     merge_again([(one.host, one.path, one.staying) for one in again], ties, undo)
-
-
-def _adopt(host: Any, created: list[str], undo: Undo) -> None:
-    """Marks parameters that a merge created as trained before if the weight was."""
-    mark = host.__dict__.get(FROZEN, ())
-    trained = [name for name in created if beside(host, name) in mark]
-    if trained:
-        undo(partial(host.__dict__.__setitem__, FROZEN, mark))
-        host.__dict__[FROZEN] = (*mark, *trained)
-
-
-def _thaw_all(nodes: list[Node], undo: Undo) -> None:
-    for node in nodes:
-        mark = node.module.__dict__.get(FROZEN)
-        if mark:
-            undo(partial(_refreeze, node.module, mark))
-            _thaw(node.module, mark)
-
-
-def _refreeze(module: nn.Module, mark: tuple[str, ...]) -> None:
-    module.__dict__[FROZEN] = mark
-    for name in mark:
-        parameter = module._parameters.get(name)
-        if parameter is not None:
-            parameter.requires_grad_(False)

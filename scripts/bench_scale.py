@@ -7,6 +7,7 @@ not of the clock.
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
@@ -48,6 +49,13 @@ def switch(context: Callable[[], Any]) -> None:
         pass
 
 
+def write(file: Path, content: bytes) -> None:
+    with file.open("wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+
+
 def ours(times: Times, count: int, device: str, folder: Path) -> None:
     model, file = Experts(count, device), folder / "ours.safetensors"
     assert len(note(times, "inject", lambda: li.inject(model, TARGETS), count)) == count
@@ -56,6 +64,8 @@ def ours(times: Times, count: int, device: str, folder: Path) -> None:
     assert len(note(times, "state", lambda: li.adapter_state(model), count)) == 2 * count
     if device != "meta":
         note(times, "export", lambda: li.export(model, file), count)
+        content = file.read_bytes()
+        note(times, "the write of its bytes alone", lambda: write(folder / "copy.safetensors", content), count)
     note(times, "uninject both", lambda: li.uninject(model), count)
     assert all(type(module) is not nn.Linear or "adapters" not in module._modules for module in model.modules())
     if device != "meta":
@@ -99,8 +109,12 @@ def compare(options: Namespace, device: str, folder: Path) -> str:
             peft(theirs, options.peft_modules, device, folder)
     rows = []
     for name in mine:
-        own, other = statistics.median(mine[name]), statistics.median(theirs[name])
-        rows.append([name, f"{own:.0f} µs", f"{other:.0f} µs", f"1/{other / own:.0f}"])
+        own = statistics.median(mine[name])
+        beside = ["-", "-"]
+        if name in theirs:
+            other = statistics.median(theirs[name])
+            beside = [f"{other:.0f} µs", f"1/{other / own:.0f}"]
+        rows.append([name, f"{own:.0f} µs", *beside])
     title = f"On {device}: {options.modules:,} modules for lora_inject, {options.peft_modules:,} for PEFT; per module."
     return f"{title}\n\n{markdown(['', 'lora_inject', 'PEFT', 'of PEFT'], rows)}"
 

@@ -33,7 +33,7 @@ FLOORS = [
     {"targets", "adapter", "adapter_file", "safewrite"},
     {"registry", "recipe", "slots"},
     {"host"},
-    {"swap", "weights"},
+    {"swap", "weights", "freezing"},
     {"factored", "residual", "sites", "fingerprint", "recipe_schema", "ties", "computed"},
     {"adapters.*", "formats.*", "refs", "merge_job", "selection", "recipe_file"},
     {"adapters", "formats", "plan", "merge_ways"},
