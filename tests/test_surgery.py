@@ -79,6 +79,22 @@ def test_freezing_touches_everything_but_adapters_and_is_taken_back():
     assert_same(before, model)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_and_lazy_neighbours_are_frozen_and_train_again():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "s": torch.jit.script(nn.Linear(4, 4)), "z": nn.LazyLinear(2)})
+    model["s"].bias.requires_grad_(False)
+    flags = {key: p.requires_grad for key, p in model.named_parameters()}
+    li.inject(model, "a", rank=2)
+    assert not any(p.requires_grad for key, p in model.named_parameters() if ".adapters." not in key)
+    x = model["s"](model["a"](torch.randn(3, 4)))
+    # It gets its shape while it is frozen.
+    model["z"](x).sum().backward()
+    assert model["z"].weight.shape == (2, 4) and not model["z"].weight.requires_grad
+    li.uninject(model)
+    assert {key: p.requires_grad for key, p in model.named_parameters()} == flags
+    assert not any("_lora_inject_frozen" in module.__dict__ for module in model.modules())
+
+
 def test_without_freeze_the_base_trains_on():
     model = text()
     li.inject(model, "*", freeze=False)
