@@ -51,9 +51,8 @@ def _training(module: nn.Module) -> list[str]:
 
 def _train(module: nn.Module, names: Sequence[str], on: bool) -> None:
     # Not get(), which TorchScript's table lacks, and not requires_grad_(), which parameters without a shape yet refuse.
-    for name in names:
-        parameter = module._parameters[name] if name in module._parameters else None
-        if parameter is not None:
+    for name, parameter in module._parameters.items():
+        if name in names and parameter is not None:
             parameter.requires_grad = on
 
 
