@@ -217,7 +217,7 @@ class _Fused(torch.autograd.Function):
             second_grad = _product(low_grad.t(), cast(inner, low), scale)
             factor_grads = unstacked(first_grad, second_grad, factors, scales, transposed)
         if x_grad is not None:
-            # It adds itself to the small one, so that no pass over their sum is needed.
+            # The large product adds itself to the small one, so that no pass over their sum is needed.
             x_grad = x_grad.addmm_(grad, cast(weight.t() if transposed else weight, ctx.dtype)).view(ctx.shape)
         if wants[1]:
             assert flat is not None

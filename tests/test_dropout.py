@@ -28,15 +28,20 @@ def test_a_packed_mask_comes_back_from_a_bit_for_each_element(dtype, shape, rate
 def test_what_stays_keeps_its_bits_and_what_is_dropped_is_zero_whatever_it_was(dtype):
     odd = torch.tensor([1.5, -0.0, float("inf"), float("nan"), -float("inf"), 1e-7], dtype=dtype).repeat(2, 20)
     mask = mask_of(draw(odd, 0.5), odd)
-    leaf = odd.clone().requires_grad_(True)
+    before, own, spent, leaf = mask.clone(), odd.clone(), mask.clone(), odd.clone().requires_grad_(True)
     with torch.no_grad():
-        quick = [keep(odd, mask.clone()), keep_(odd.clone(), mask)]
-    for kept in (*quick, keep_(leaf, mask), keep(leaf, mask)):
+        quick = [keep(odd, spent), keep_(own, mask)]
+    # Each takes the memory that it says, and only that.
+    assert quick[0].data_ptr() == spent.data_ptr() and quick[1] is own and torch.equal(mask, before)
+    parts = [keep(leaf, mask), keep_(leaf, mask)]
+    for kept in (*quick, *parts):
         bits, found = (t.detach().view(mask.dtype) for t in (odd, kept))
         assert torch.equal(found[mask == 1], bits[mask == 1])
         assert (found[mask == 0] == 0).all() and 60 < (mask == 0).sum() < 180
-    kept.sum().backward()
-    assert torch.equal(leaf.grad, mask.to(dtype))
+    for kept in parts:
+        (gradient,) = torch.autograd.grad(kept.sum(), leaf)
+        assert torch.equal(gradient, mask.to(dtype))
+    assert torch.equal(mask, before)
 
 
 def test_a_number_whose_sign_is_yet_to_be_changed():

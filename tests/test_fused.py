@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -299,6 +301,58 @@ def test_the_input_of_q_k_and_v_is_saved_once_and_no_large_product_at_all():
     extra = {pointer: size for pointer, size in saved.items() if pointer not in held}
     assert x.untyped_storage().data_ptr() in saved
     assert not extra, f"{sum(extra.values())} bytes beside the input and the weights"
+
+
+def test_a_weight_that_changes_before_the_backward_pass_is_noticed():
+    layer = nn.Linear(6, 5)
+    li.inject(layer, "", rank=2)
+    out = layer(torch.randn(4, 6, requires_grad=True))
+    with torch.no_grad():
+        layer._parameters["weight"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+class _Made(TorchDispatchMode):
+    """Collects the sizes of the tensors that operations make anew, views of the module's own left out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.own = {p.untyped_storage()._cdata for p in module.parameters()}
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        flat = [one for one in tree_leaves(found) if isinstance(one, Tensor)]
+        self.sizes += [one.numel() for one in flat if one.untyped_storage()._cdata not in self.own]
+        return found
+
+
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (lambda: nn.Conv1d(12, 20, 3), torch.randn(2, 12, 9)),
+        (lambda: nn.Conv2d(12, 20, 3), torch.randn(2, 12, 7, 7)),
+        (lambda: nn.Conv2d(12, 20, 3, groups=2), torch.randn(2, 12, 7, 7)),
+        (lambda: nn.Conv3d(6, 7, 3), torch.randn(1, 6, 4, 4, 4)),
+        (lambda: nn.ConvTranspose2d(12, 20, 3), torch.randn(2, 12, 5, 5)),
+        (lambda: nn.Embedding(50, 24), torch.randint(0, 50, (3, 5))),
+        (lambda: nn.EmbeddingBag(50, 24), torch.randint(0, 50, (3, 5))),
+    ],
+    ids=["conv1d", "conv2d", "groups", "conv3d", "transposed", "embedding", "bag"],
+)
+def test_convolutions_and_embeddings_make_no_dense_update(make, x):
+    layer = make()
+    size = layer.weight.numel()
+    li.inject(layer, "", rank=2)
+    nn.init.normal_(layer.adapters["default"].lora_B)
+    with _Made(layer) as made:
+        layer(x).square().sum().backward()
+    assert made.sizes and size not in made.sizes
+    with _Made(layer) as made:
+        layer.weight  # noqa: B018
+    # The reader of the weight does make one, so the look would have seen it.
+    assert size in made.sizes
 
 
 @transposed
