@@ -43,13 +43,13 @@ def adapters_in(nodes: Iterable[Node]) -> Iterator[AdapterRef]:
     return (ref for _, ref in placed_in(nodes))
 
 
-def placed_in(nodes: Iterable[Node]) -> Iterator[Placed]:
-    """Yields every adapter in the modules of a walk, and the place of its host."""
+def placed_in(nodes: Iterable[Node], names: tuple[str, ...] = ()) -> Iterator[Placed]:
+    """Yields every adapter in the modules of a walk, or those of the given names, and the place of its host."""
     for node in nodes:
         module = node.module
         if isinstance(module, Host):
             # Past nn.Module's __getattr__, which takes longer than all else here.
-            for name, adapter in module._modules[INNER].named():  # type: ignore[union-attr, operator]
+            for name, adapter in module._modules[INNER].named(names):  # type: ignore[union-attr, operator]
                 yield node, AdapterRef(join(node.paths[0], adapter.parameter), name, module, adapter)
 
 
@@ -143,10 +143,9 @@ def chosen_places(nodes: Sequence[Node], names: tuple[str, ...]) -> Iterator[Pla
         StateError: as `pick` does, once all were yielded.
     """
     seen: set[str] = set()
-    for entry in placed_in(nodes):
-        if not names or entry[1].name in names:
-            seen.add(entry[1].name)
-            yield entry
+    for entry in placed_in(nodes, names):
+        seen.add(entry[1].name)
+        yield entry
     if not seen or not seen.issuperset(names):
         _checked((ref.name for ref in adapters_in(nodes)), names)
 

@@ -38,10 +38,12 @@ class Adapters(nn.ModuleDict):
             "adapt the modules inside it instead"
         )
 
-    def named(self) -> Iterator[tuple[str, Any]]:
-        """Yields the name and the adapter of every slot."""
+    def named(self, names: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+        """Yields the name and the adapter of every slot, or of those of these names where any is given."""
         for key, adapter in self._modules.items():
-            yield key.partition("@")[0], adapter
+            name = key.partition("@")[0]
+            if not names or name in names:
+                yield name, adapter
 
     def slots(self, names: Collection[str]) -> list[str]:
         """Returns the slots of the adapters of these names, or all where none is given."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -48,16 +49,16 @@ def rounds(
 ) -> dict[str, list[float]]:
     """Returns the seconds of each run in each round.
 
-    The runs take turns, so that a busy moment hits all alike, and another begins each round, so that none always
-    follows the same one, whose caches and memory it finds.
+    The runs take turns, so that a busy moment hits all alike, in a random order, so that none always follows the same
+    one, whose caches and memory it finds.
     """
     for _ in range(warm):
         for run in runs.values():
             run()
     found: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for turn in range(count):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    order = random.Random(0)
+    for _ in range(count):
+        for name in order.sample(list(runs), len(runs)):
             found[name].append(timed(runs[name], device))
     return found
 

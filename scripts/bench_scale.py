@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import nn
 
 import lora_inject as li
@@ -66,6 +67,8 @@ def ours(times: Times, count: int, device: str, folder: Path) -> None:
         note(times, "export", lambda: li.export(model, file), count)
         content = file.read_bytes()
         note(times, "the write of its bytes alone", lambda: write(folder / "copy.safetensors", content), count)
+        tensors = li.adapter_state(model)
+        note(times, "safetensors' own save_file", lambda: save_file(tensors, folder / "plain.safetensors"), count)
     note(times, "uninject both", lambda: li.uninject(model), count)
     assert all(type(module) is not nn.Linear or "adapters" not in module._modules for module in model.modules())
     if device != "meta":
