@@ -13,6 +13,7 @@ import copy
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -83,15 +84,14 @@ def products(model: nn.Module, tokens: int) -> Callable[[], None]:
     Two on the way forward and four back are the least that low-rank adapters can do. Layers of one shape share memory,
     so that it is in the processor's caches.
     """
-    operands: dict[tuple[torch.Size, int], tuple[Tensor, ...]] = {}
-    sites = []
-    for ref in li.adapters(model):
-        weight, rank = ref.module._parameters["weight"], ref.adapter.config.rank
-        assert weight is not None
-        rows, columns = weight.shape
+    like = next(model.parameters())
+
+    @cache
+    def operands(rows: int, columns: int, rank: int) -> list[Tensor]:
         shapes = ((tokens, columns), (tokens, rows), (rank, columns), (rows, rank))
-        made = operands.setdefault((weight.shape, rank), tuple(weight.new_zeros(shape) for shape in shapes))
-        sites.append(made)
+        return [like.new_zeros(shape) for shape in shapes]
+
+    sites = [operands(*ref.module._parameters["weight"].shape, ref.adapter.config.rank) for ref in li.adapters(model)]
 
     @torch.no_grad()
     def run() -> None:
